@@ -1,0 +1,1 @@
+# Loading this module registers the C++ kernels; it has no names of its own.

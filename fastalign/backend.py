@@ -1,0 +1,108 @@
+"""Which implementation of an op runs: its reference (plain PyTorch), its C++ kernel or its Triton kernel.
+
+By default the device decides: CUDA tensors take Triton, CPU tensors take C++ (or the reference when the
+extension is not built, said once). float64 is always the reference's, because it is the truth the kernels
+are judged by. ``with backend("..."):`` or the environment variable ``FASTALIGN_BACKEND`` decides instead;
+what was asked for and cannot run is an error, never something else in silence.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpp", "triton")
+
+try:
+    import fastalign._C  # noqa: F401
+
+    CPP_BUILT = True
+except ModuleNotFoundError:
+    CPP_BUILT = False
+
+_forced: list[str] = []
+_said_unbuilt = False
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+class backend:  # noqa: N801 - used as a function: `with fastalign.backend("cpp"):`
+    """Context manager: every op inside runs by the named implementation, in all threads of the process.
+
+    Args:
+        name: "reference", "cpp" or "triton".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _checked(name, "fastalign.backend")
+
+    def __enter__(self) -> backend:
+        _forced.append(self.name)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _forced.pop()
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), hence on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def choose(op: str, tensor: Tensor) -> str:
+    """The backend that runs ``op`` on ``tensor``: "reference", "cpp" or "triton".
+
+    Raises:
+        RuntimeError: the backend asked for cannot run on this device, dtype or build.
+    """
+    global _said_unbuilt
+    asked = _forced[-1] if _forced else os.environ.get("FASTALIGN_BACKEND", "")
+    if not asked:
+        if tensor.dtype == torch.float64:
+            return "reference"
+        if tensor.is_cuda:
+            return "triton"
+        if tensor.device.type == "cpu" and CPP_BUILT:
+            return "cpp"
+        if tensor.device.type == "cpu" and not _said_unbuilt:
+            _said_unbuilt = True
+            warnings.warn(
+                "fastalign: the C++ extension is not built; CPU tensors take the PyTorch reference "
+                "(build it with: pip install --no-build-isolation -e .)",
+                stacklevel=2,
+            )
+        return "reference"
+    asked = _checked(asked, "FASTALIGN_BACKEND")
+    if asked == "reference":
+        return asked
+    why = ""
+    if tensor.dtype == torch.float64:
+        why = "float64 has only the reference"
+    elif asked == "cpp" and not CPP_BUILT:
+        why = "the C++ extension is not built (pip install --no-build-isolation -e .)"
+    elif asked == "cpp" and tensor.device.type != "cpu":
+        why = f"the C++ kernels are for CPU tensors, got a tensor on {tensor.device}"
+    elif asked == "triton" and not tensor.is_cuda and not triton_interpreted():
+        why = (
+            "Triton kernels need CUDA tensors, or TRITON_INTERPRET=1 set before Triton is imported; "
+            f"got a tensor on {tensor.device}"
+        )
+    if why:
+        raise RuntimeError(f"{op}: backend {asked!r} was asked for, but {why}")
+    return asked
