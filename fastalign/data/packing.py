@@ -1,0 +1,146 @@
+"""Ragged sequences side by side without padding, and batches of them under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Packed:
+    """S sequences of N tokens in all, one after the other.
+
+    Token t of a sequence predicts token t + 1 of the same sequence: ``targets[t] = input_ids[t + 1]``
+    where the loss counts, -100 elsewhere, always -100 on a sequence's last token.
+    """
+
+    input_ids: Tensor
+    """int64 [N]"""
+    position_ids: Tensor
+    """int64 [N], 0, 1, 2, ... within each sequence"""
+    cu_seqlens: Tensor
+    """int32 [S + 1], where each sequence starts, and N"""
+    max_seqlen: int
+    """length of the longest sequence, tokens"""
+    targets: Tensor
+    """int64 [N], the next token where the loss counts, -100 elsewhere"""
+
+    def to(self, device: torch.device | str) -> Packed:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            targets=self.targets.to(device),
+        )
+
+    @property
+    def n_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def last_index(self) -> Tensor:
+        """int64 [S]: the place of each sequence's last token in the pack."""
+        return self.cu_seqlens[1:].long() - 1
+
+
+def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None) -> Packed:
+    """Lays sequences side by side.
+
+    Args:
+        sequences: S lists of token ids, none empty.
+        prompt_lengths: S numbers of leading tokens that are not predicted (each at most the length of
+            its sequence; 0 is the same as 1, because nothing predicts a first token). None: all
+            tokens but the first are predicted.
+
+    Raises:
+        ValueError: an empty sequence, or prompt lengths that do not fit the sequences.
+    """
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+    if sequences and not bool((lengths > 0).all()):
+        empty = [i for i, sequence in enumerate(sequences) if not len(sequence)]
+        raise ValueError(
+            f"pack: expected sequences of at least one token, got empty ones at {empty}"
+        )
+    if prompt_lengths is None:
+        prompts = torch.zeros_like(lengths)
+    else:
+        prompts = torch.tensor(list(prompt_lengths), dtype=torch.int64)
+        if prompts.shape != lengths.shape:
+            raise ValueError(
+                f"pack: expected one prompt length per sequence ({len(sequences)}), "
+                f"got {len(prompt_lengths)}"
+            )
+        bad = ((prompts < 0) | (prompts > lengths)).nonzero().flatten()
+        if bad.numel():
+            i = int(bad[0])
+            raise ValueError(
+                f"pack: expected 0 <= prompt length <= {int(lengths[i])} for sequence {i}, "
+                f"got {int(prompts[i])}"
+            )
+    cu_seqlens = torch.zeros(len(sequences) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    starts = cu_seqlens[:-1].long().repeat_interleave(lengths)
+    input_ids = torch.tensor(
+        [token for sequence in sequences for token in sequence], dtype=torch.int64
+    )
+    position_ids = torch.arange(input_ids.numel()) - starts
+    targets = input_ids.roll(-1)
+    following = position_ids + 1
+    counts = (following < lengths.repeat_interleave(lengths)) & (
+        following >= prompts.repeat_interleave(lengths)
+    )
+    targets[~counts] = IGNORE_INDEX
+    longest = int(lengths.max()) if sequences else 0
+    return Packed(input_ids, position_ids, cu_seqlens, longest, targets)
+
+
+def token_budget_batches(
+    lengths: Sequence[int],
+    budget: int,
+    *,
+    generator: torch.Generator | None = None,
+    group_by_length: bool = True,
+) -> list[list[int]]:
+    """Splits indices into batches of at most ``budget`` tokens.
+
+    Args:
+        lengths: tokens of each sequence.
+        budget: most tokens per batch. A longer sequence is a batch of its own.
+        generator: shuffles which sequences meet and the order of the batches; None keeps the order
+            (of the data, or of the lengths).
+        group_by_length: batches hold sequences of like length, so that attention done in groups of
+            equal length, or generation, wastes little; each index is exactly in one batch either way.
+
+    Returns:
+        Batches of indices; the same for the same generator state.
+
+    Raises:
+        ValueError: a budget below 1, or a length below 1.
+    """
+    if budget < 1:
+        raise ValueError(f"token_budget_batches: expected budget >= 1, got {budget}")
+    if any(length < 1 for length in lengths):
+        raise ValueError(f"token_budget_batches: expected lengths >= 1, got {min(lengths)}")
+    order = list(range(len(lengths)))
+    if generator is not None:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+    if group_by_length:
+        order.sort(key=lambda i: lengths[i])  # stable: equal lengths stay shuffled
+    batches: list[list[int]] = []
+    tokens = 0
+    for i in order:
+        if not batches or tokens + lengths[i] > budget:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i]
+    if generator is not None and group_by_length:
+        places = torch.randperm(len(batches), generator=generator).tolist()
+        batches = [batches[place] for place in places]
+    return batches

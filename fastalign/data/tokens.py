@@ -1,0 +1,239 @@
+"""Text to token ids: chat template once, one EOS at the end, nothing cut in silence.
+
+Plain text: prompt ids are the tokenizer's usual ids of the prompt (with its BOS, where it has one),
+completion ids those of the completion alone. Conversations: the chat template renders the prompt with
+the generation prompt, and prompt and answer together; the completion is what the second adds to the
+first. Prompt and completion are tokenized apart, as they are when a model generates.
+
+Every completion ends in exactly one EOS, unless it was cut to fit: then it has none, because the text
+did not end there, and the report counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastalign.data.files import DataError
+from fastalign.data.formats import Completion, LoadReport, Message, Preference, Prompt, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EQUAL_AFTER_CUT = "chosen equals rejected after truncation"
+
+
+@dataclass(frozen=True)
+class TokenizedPreference:
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class TokenizedCompletion:
+    prompt: list[int]
+    completion: list[int]
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """``text`` is the prompt as the model reads it, chat template applied."""
+
+    prompt: list[int]
+    text: str
+
+
+def tokenize_preferences(
+    records: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    report: LoadReport,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+) -> list[TokenizedPreference]:
+    """Tokenizes pairs; the report's counts are brought up to date.
+
+    Args:
+        records: what ``read_preferences`` returned, or ``SyntheticTask.preferences``.
+        tokenizer: must have an EOS token, and a chat template where records are conversations.
+        report: gets what is dropped and truncated here; ``kept`` becomes the number returned.
+        max_length: of prompt and one response together, in tokens. A longer response is cut.
+        max_prompt_length: longer prompts are dropped; max_length - 1 if None.
+
+    Raises:
+        DataError: no EOS token, no chat template, a template whose prompt is not the beginning of the
+            whole conversation, or nothing left.
+        ValueError: lengths that leave no room.
+    """
+    limit = _prompt_limit(max_length, max_prompt_length)
+    chosen = _render([(r.prompt, r.chosen, r.source) for r in records], tokenizer)
+    rejected = _render([(r.prompt, r.rejected, r.source) for r in records], tokenizer)
+    kept = []
+    for record, (prompt, good), (_, bad) in zip(records, chosen, rejected, strict=True):
+        if not _prompt_fits(prompt, limit, record.source, report):
+            continue
+        good = _cut(good, max_length, prompt, "chosen", record.source, report)
+        bad = _cut(bad, max_length, prompt, "rejected", record.source, report)
+        if good == bad:
+            report.drop(EQUAL_AFTER_CUT, record.source)
+            continue
+        kept.append(TokenizedPreference(prompt, good, bad))
+    return _finish(kept, report)
+
+
+def tokenize_completions(
+    records: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
+    report: LoadReport,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+) -> list[TokenizedCompletion]:
+    """Tokenizes responses; arguments and errors are those of ``tokenize_preferences``."""
+    limit = _prompt_limit(max_length, max_prompt_length)
+    rendered = _render([(r.prompt, r.completion, r.source) for r in records], tokenizer)
+    kept = []
+    for record, (prompt, completion) in zip(records, rendered, strict=True):
+        if _prompt_fits(prompt, limit, record.source, report):
+            completion = _cut(completion, max_length, prompt, "completion", record.source, report)
+            kept.append(TokenizedCompletion(prompt, completion, record.reward))
+    return _finish(kept, report)
+
+
+def tokenize_prompts(
+    records: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    report: LoadReport,
+    *,
+    max_prompt_length: int,
+) -> list[TokenizedPrompt]:
+    """Tokenizes prompts; errors are those of ``tokenize_preferences``."""
+    texts = [_prompt_text(record.prompt, tokenizer, record.source) for record in records]
+    plain = [isinstance(record.prompt, str) for record in records]
+    kept = []
+    for record, text, ids in zip(records, texts, _prompt_ids(texts, plain, tokenizer), strict=True):
+        if _prompt_fits(ids, max_prompt_length, record.source, report):
+            kept.append(TokenizedPrompt(ids, text))
+    return _finish(kept, report)
+
+
+def _prompt_limit(max_length: int, max_prompt_length: int | None) -> int:
+    limit = max_length - 1 if max_prompt_length is None else max_prompt_length
+    if not 1 <= limit < max_length:
+        raise ValueError(
+            "tokenize: expected 1 <= max_prompt_length < max_length, "
+            f"got max_prompt_length={max_prompt_length}, max_length={max_length}"
+        )
+    return limit
+
+
+def _render(
+    records: list[tuple[Text, Text, str]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response, source) -> (prompt ids, response ids with one EOS at the end)."""
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise DataError("the tokenizer has no EOS token, so a model could not learn to stop")
+    prompts, responses = [], []
+    for prompt, response, source in records:
+        text = _prompt_text(prompt, tokenizer, source)
+        prompts.append(text)
+        if isinstance(prompt, str) and isinstance(response, str):
+            responses.append(response)
+            continue
+        assert isinstance(prompt, list) and isinstance(response, list)
+        whole = _apply(prompt + response, tokenizer, source, generate=False)
+        if not whole.startswith(text):
+            raise DataError(
+                f"{source}: the tokenizer's chat template renders the prompt differently when the "
+                "answer follows, so the answer's tokens cannot be told apart from the prompt's"
+            )
+        responses.append(whole[len(text) :])
+    plain = [isinstance(prompt, str) for prompt, _, _ in records]
+    prompt_ids = _prompt_ids(prompts, plain, tokenizer)
+    response_ids = _encode(responses, tokenizer, special=False)
+    return [
+        (prompt, _ended(response, eos, tokenizer))
+        for prompt, response in zip(prompt_ids, response_ids, strict=True)
+    ]
+
+
+def _prompt_text(prompt: Text, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    return prompt if isinstance(prompt, str) else _apply(prompt, tokenizer, source, generate=True)
+
+
+def _apply(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, source: str, *, generate: bool
+) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{source}: the data are conversations, but the tokenizer has no chat template; "
+            "use a chat model's tokenizer, or plain-text data"
+        )
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _prompt_ids(
+    texts: list[str], plain: list[bool], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """A plain prompt takes the tokenizer's BOS; a rendered one already has the template's."""
+    with_special = _encode([t for t, p in zip(texts, plain, strict=True) if p], tokenizer, True)
+    without = _encode([t for t, p in zip(texts, plain, strict=True) if not p], tokenizer, False)
+    both = {True: iter(with_special), False: iter(without)}
+    ids = [next(both[p]) for p in plain]
+    for prompt, is_plain in zip(ids, plain, strict=True):
+        # Some tokenizers close every text with EOS; a prompt is not at its end.
+        while is_plain and prompt and prompt[-1] == tokenizer.eos_token_id:
+            prompt.pop()
+    return ids
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    # The length warning of the tokenizer is about its model's limit; ours are checked here.
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def _ended(ids: list[int], eos: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Exactly one EOS at the end: templates close a turn with EOS and a line break, or with nothing."""
+    if eos in ids:
+        last = len(ids) - ids[::-1].index(eos)
+        if not tokenizer.decode(ids[last:]).strip():
+            ids = ids[:last]
+    while ids and ids[-1] == eos:
+        ids = ids[:-1]
+    return ids + [eos]
+
+
+def _prompt_fits(ids: list[int], limit: int, source: str, report: LoadReport) -> bool:
+    if not ids:
+        raise DataError(f"{source}: the prompt has no tokens")
+    if len(ids) > limit:
+        report.drop(f"prompt longer than {limit:,} tokens", source)
+        return False
+    return True
+
+
+def _cut(
+    ids: list[int], max_length: int, prompt: list[int], name: str, source: str, report: LoadReport
+) -> list[int]:
+    room = max_length - len(prompt)
+    if len(ids) <= room:
+        return ids
+    report.truncate(f"{name} cut at {max_length:,} tokens with its prompt, EOS removed", source)
+    return ids[:room]
+
+
+def _finish(kept: list, report: LoadReport) -> list:
+    report.kept = len(kept)
+    if not kept:
+        raise DataError(f"{report.source}: nothing left after tokenization; {report}")
+    return kept
