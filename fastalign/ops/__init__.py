@@ -1,0 +1,26 @@
+"""The operations: each file holds one op's formula, reference, registration and public function."""
+
+from fastalign.ops.bradley_terry_loss import bradley_terry_loss
+from fastalign.ops.gae import gae
+from fastalign.ops.kl_estimate import kl_estimate
+from fastalign.ops.linear_logprobs import linear_logprobs
+from fastalign.ops.linear_loss import LossOutput, linear_loss
+from fastalign.ops.plan import Plan, plan
+from fastalign.ops.reward_heads import reduce_scores, reward_heads
+from fastalign.ops.token_logprobs import token_logprobs
+from fastalign.ops.whiten import whiten
+
+__all__ = [
+    "LossOutput",
+    "Plan",
+    "bradley_terry_loss",
+    "gae",
+    "kl_estimate",
+    "linear_logprobs",
+    "linear_loss",
+    "plan",
+    "reduce_scores",
+    "reward_heads",
+    "token_logprobs",
+    "whiten",
+]

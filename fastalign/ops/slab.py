@@ -1,0 +1,165 @@
+"""The matrix products of the loss head, slab by slab: what linear_logprobs and linear_loss share.
+
+    Z = H_slab W^T (+ bias)     ``slab_logits``, into a workspace that every slab reuses
+    dH_slab = dZ W              ``HeadGradients.add``
+    dW += dZ^T H_slab           ``HeadGradients.add``, accumulated in float32 whatever the operands
+
+Rows whose target is ignored are dropped before the first product (``Rows``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
+
+# Stands for "no row is ignored" where an op wants an integer: no target is ever this small.
+IGNORE_NOTHING = -(1 << 62)
+
+
+class Rows:
+    """The rows that count. ``count`` needs one wait for the device, unless ``ignore_index`` is
+    IGNORE_NOTHING."""
+
+    def __init__(self, targets: Tensor, ignore_index: int) -> None:
+        self.total = targets.numel()
+        self.index: Tensor | None = None
+        if ignore_index != IGNORE_NOTHING:
+            index = (targets != ignore_index).nonzero()[:, 0]
+            if index.numel() != self.total:
+                self.index = index
+        self.count = self.total if self.index is None else self.index.numel()
+
+    def take(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Rows start..stop (counted among the kept ones) of x: a view when nothing was dropped."""
+        return x[start:stop] if self.index is None else x[self.index[start:stop]]
+
+    def take_temperature(self, temperature: Tensor, start: int, stop: int) -> Tensor:
+        return temperature if temperature.numel() == 1 else self.take(temperature, start, stop)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """[count, ...] to [total, ...] with zeros at the dropped rows."""
+        if self.index is None:
+            return x
+        return x.new_zeros(self.total, *x.shape[1:]).index_copy_(0, self.index, x)
+
+
+def slab_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [C, V] = hidden [C, H] @ weight [V, H]^T (+ bias [V])."""
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+class HeadGradients:
+    """Collects dH, dW and dbias over the slabs. With one slab each is a single product in its own
+    dtype."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Rows,
+        slabs: int,
+        need: tuple[bool, bool, bool],
+    ) -> None:
+        self.weight = weight
+        self.rows = rows
+        wide = accumulation_dtype(weight.dtype)
+        self.dhidden = self.dweight = self.dbias = None
+        empty = rows.count == 0
+        if need[0]:
+            make = torch.empty if rows.index is None else torch.zeros
+            self.dhidden = make(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        if need[1]:
+            dtype = wide if slabs > 1 else weight.dtype
+            make = torch.zeros if empty else torch.empty
+            self.dweight = make(weight.shape, dtype=dtype, device=weight.device)
+        if need[2] and bias is not None:
+            self.dbias = torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        self.bias = bias
+        self.first = True
+
+    def add(self, dz: Tensor, hidden: Tensor, start: int, stop: int) -> None:
+        """dz [C, V] and hidden [C, H] of the kept rows start..stop."""
+        if self.dhidden is not None:
+            if self.rows.index is None:
+                torch.mm(dz, self.weight, out=self.dhidden[start:stop])
+            else:
+                self.dhidden.index_copy_(0, self.rows.index[start:stop], dz @ self.weight)
+        if self.dweight is not None:
+            self._add_weight(dz, hidden)
+        if self.dbias is not None:
+            self.dbias += dz.sum(0, dtype=self.dbias.dtype)
+        self.first = False
+
+    def _add_weight(self, dz: Tensor, hidden: Tensor) -> None:
+        out = self.dweight
+        assert out is not None
+        if out.dtype == dz.dtype:
+            torch.addmm(out, dz.t(), hidden, beta=0.0 if self.first else 1.0, out=out)
+        elif out.is_cuda:
+            # The operands stay narrow (tensor cores), the sum over slabs is float32.
+            beta = 0.0 if self.first else 1.0
+            torch.addmm(out, dz.t(), hidden, out_dtype=out.dtype, beta=beta, out=out)
+        else:
+            # CPU products of narrow operands can only return narrow results, and rounding each
+            # slab's part before adding it would bias the sum: widen the operands instead.
+            wide = hidden.to(out.dtype)
+            torch.addmm(out, dz.to(out.dtype).t(), wide, beta=0.0 if self.first else 1.0, out=out)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dweight, dbias = self.dweight, self.dbias
+        if dweight is not None:
+            dweight = dweight.to(self.weight.dtype)
+        if dbias is not None and self.bias is not None:
+            dbias = dbias.to(self.bias.dtype)
+        return self.dhidden, dweight, dbias
+
+
+def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """ValueError unless hidden [N, H], weight [V, H] and bias [V] fit, in one float dtype, on one
+    device."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: expected hidden [N, H] and weight [V, H], "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.shape[0] < 1 or hidden.shape[1] < 1:
+        raise ValueError(f"{op}: expected V >= 1 and H >= 1, got weight {tuple(weight.shape)}")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
+            raise ValueError(
+                f"{op}: expected {name} like hidden ({hidden.dtype} on {hidden.device}), "
+                f"got {x.dtype} on {x.device}"
+            )
+    if hidden.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{op}: expected float hidden, got {hidden.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
+
+
+def check_softcap(op: str, softcap: float | None) -> float:
+    """The soft-cap as the row kernels want it: 0 means none."""
+    if softcap is None:
+        return 0.0
+    if not softcap > 0:
+        raise ValueError(f"{op}: expected softcap > 0 or None, got {softcap}")
+    return float(softcap)
+
+
+def follow_autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inside torch.autocast the head runs in autocast's dtype, as torch.nn.functional.linear
+    does."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
