@@ -1,7 +1,7 @@
 """Records out of files, folders and hub data sets: where the bytes are, not what they mean.
 
-``read_records`` yields (record, "file.jsonl:12"). Numbers are the file's lines for JSON lines, and the
-record's number, from 1, for JSON arrays, parquet and ``datasets``.
+``read_records`` yields (record, "file.jsonl:12"). Numbers are the file's lines for JSON lines, and
+the record's number, from 1, for JSON arrays, parquet and ``datasets``.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _read_file(path: Path) -> Records:
 
 
 def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
-    """JSON lines, or one JSON array; a name in .json may hold either, so the first character decides."""
+    """JSON lines or one JSON array, whatever the name: the first character decides."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:

@@ -1,12 +1,12 @@
 """Reads prompts, preferences and completions, and says what it kept, what it dropped and why.
 
-One record is one JSON object (or one parquet row). Text is a plain string or a conversation, a list of
-``{"role": ..., "content": ...}``. What is accepted, and how a prompt is found where none is written, is
-told in docs/data.md; ``ACCEPTED`` below is the short form that error messages print.
+One record is one JSON object (or one parquet row). Text is a plain string or a conversation, a list
+of ``{"role": ..., "content": ...}``. What is accepted, and how a prompt is found where none is
+written, is told in docs/data.md; ``ACCEPTED`` below is the short form that error messages print.
 
-A record that cannot be used but is well formed (both responses equal, an empty response) is dropped and
-counted in the ``LoadReport``. A record that is not what the reader was asked for is a ``DataError`` with
-the file and the line.
+A record that cannot be used but is well formed (both responses equal, an empty response) is dropped
+and counted in the ``LoadReport``. A record that is not what the reader was asked for is a
+``DataError`` with the file and the line.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Completion:
 class LoadReport:
     """What became of the records of one source; ``str()`` gives one readable line.
 
-    ``dropped`` and ``truncated`` map a reason to a count, ``examples`` a reason to the first record it
-    applied to ("file.jsonl:17").
+    ``dropped`` and ``truncated`` map a reason to a count, ``examples`` a reason to the first record
+    it applied to ("file.jsonl:17").
     """
 
     source: str
@@ -98,7 +98,7 @@ class LoadReport:
 
 
 class _Unusable(Exception):
-    """A well-formed record that cannot be used; the message is the reason under which it is counted."""
+    """A well-formed record that cannot be used; the message is the reason it is counted under."""
 
 
 def read_preferences(
@@ -107,8 +107,8 @@ def read_preferences(
     """Reads pairs of responses.
 
     Args:
-        source: a .jsonl, .json (both also .gz) or .parquet file, a folder of them, a folder saved by
-            ``datasets``, or a hub id "owner/name".
+        source: a .jsonl, .json (both also .gz) or .parquet file, a folder of them, a folder saved
+            by ``datasets``, or a hub id "owner/name".
         split: which split of a folder or hub data set.
         lines: a slice of record numbers, "0:2000", counted before anything is dropped.
         limit: read at most so many records (after ``lines``).
@@ -117,7 +117,7 @@ def read_preferences(
         The pairs in file order, and the report.
 
     Raises:
-        DataError: a missing or unreadable source, a record of another form, or nothing usable in it.
+        DataError: a missing or unreadable source, a record of another form, nothing usable.
     """
     report = LoadReport(source)
     pairs = []
@@ -166,10 +166,10 @@ def read_completions(
     limit: int | None = None,
     require_reward: bool = False,
 ) -> tuple[list[Completion], LoadReport]:
-    """Reads responses, with their rewards where there are any. Preference data give prompt and chosen.
+    """Reads responses, with rewards where there are any; of preference data, the chosen ones.
 
     Arguments, returns and errors are those of ``read_preferences``; and with ``require_reward``, a
-    record whose reward is missing is a ``DataError``. A reward that is not a finite number always is.
+    record whose reward is missing is a ``DataError``. A reward that is not finite always is one.
     """
     report = LoadReport(source)
     found = []

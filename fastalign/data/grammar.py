@@ -1,6 +1,6 @@
-"""The words of the built-in task: topics, adjectives, prompt templates, sentence frames. Data, no logic."""
+"""The words of the built-in task: topics, adjectives, questions and sentence frames."""
 
-# Each line: the topic's name as prompts use it, then its eight related words (singular, used with "the").
+# Each line: the topic's name as prompts use it, then its eight related words, all of them singular.
 TOPICS: dict[str, tuple[str, ...]] = {
     line.split()[0]: tuple(line.split()[1:])
     for line in """

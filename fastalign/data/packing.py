@@ -15,8 +15,8 @@ IGNORE_INDEX = -100
 class Packed:
     """S sequences of N tokens in all, one after the other.
 
-    Token t of a sequence predicts token t + 1 of the same sequence: ``targets[t] = input_ids[t + 1]``
-    where the loss counts, -100 elsewhere, always -100 on a sequence's last token.
+    Token t of a sequence predicts token t + 1 of the same sequence: where the loss counts,
+    ``targets[t] = input_ids[t + 1]``; elsewhere, and on every last token, -100.
     """
 
     input_ids: Tensor
@@ -54,8 +54,8 @@ def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | Non
 
     Args:
         sequences: S lists of token ids, none empty.
-        prompt_lengths: S numbers of leading tokens that are not predicted (each at most the length of
-            its sequence; 0 is the same as 1, because nothing predicts a first token). None: all
+        prompt_lengths: S numbers of leading tokens that are not predicted (each at most the length
+            of its sequence; 0 is the same as 1, because nothing predicts a first token). None: all
             tokens but the first are predicted.
 
     Raises:
@@ -115,7 +115,8 @@ def token_budget_batches(
         generator: shuffles which sequences meet and the order of the batches; None keeps the order
             (of the data, or of the lengths).
         group_by_length: batches hold sequences of like length, so that attention done in groups of
-            equal length, or generation, wastes little; each index is exactly in one batch either way.
+            equal length, or generation, wastes little; each index is exactly in one batch either
+            way.
 
     Returns:
         Batches of indices; the same for the same generator state.

@@ -1,23 +1,25 @@
 """The built-in task: short dialogues with a gold reward that is a documented function of the text.
 
 A prompt asks about one of 64 topics. A response is a few sentences from a small grammar
-(``fastalign.data.grammar``). ``gold_reward`` likes words related to the topic and praise of them, and
-dislikes repetition, broken sentences, other topics, and answers that do not end. The data to learn from
-are mediocre answers and noisy comparisons of them, and the comparisons carry a trap: in the training
-pairs, an opening such as "Certainly!", which gold ignores, stands more often before the chosen response.
+(``fastalign.data.grammar``). ``gold_reward`` likes words related to the topic and praise of them,
+and dislikes repetition, broken sentences, other topics, and answers that do not end. The data to
+learn from are mediocre answers and noisy comparisons of them, and the comparisons carry a trap: in
+the training pairs, an opening such as "Certainly!", which gold ignores, stands more often before
+the chosen response.
 
-Everything is deterministic in ``SyntheticTask``'s fields: the first n items are the same for every n.
-docs/data.md shows the data and the figures.
+Everything is deterministic in ``SyntheticTask``'s fields: the first n items are the same for every
+n. docs/data.md shows the data and the figures.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastalign.data.formats import Completion, Preference, Prompt
@@ -32,7 +34,7 @@ from fastalign.data.grammar import (
     TOPICS,
 )
 
-TEST_FRACTION = 8  # one prompt in eight is a test prompt
+TEST_FRACTION = 4  # one prompt in four is a test prompt
 
 TOPIC_OF = {noun: topic for topic, nouns in TOPICS.items() for noun in nouns}
 STRENGTH = {word: strength for strength, words in ADJECTIVES.items() for word in words}
@@ -43,7 +45,7 @@ def _words(text: str) -> list[str]:
 
 
 def _shape(words: list[str]) -> str:
-    """The sentence with its nouns and adjectives replaced by their classes: its frame, if it has one."""
+    """The sentence with N for its nouns and A for its adjectives: its frame, if it has one."""
     return " ".join("N" if w in TOPIC_OF else "A" if w in STRENGTH else w for w in words)
 
 
@@ -78,10 +80,10 @@ def topic_of(prompt: str) -> str:
 
 
 def gold_reward(prompt: str, response: str) -> float:
-    """The true quality of a response, a pure function of the two texts; about N(0, 1) on the SFT data.
+    """The true quality of a response, a pure function of the texts; about N(0, 1) on SFT data.
 
-    One opening flourish is taken off; the rest is cut into sentences at . ! and ?. A sentence counts when
-    it is one of the grammar's sentences, whatever its nouns and adjectives. With
+    One opening flourish is taken off; the rest is cut into sentences at . ! and ?. A sentence
+    counts when it is one of the grammar's sentences, whatever its nouns and adjectives. With
 
         r = distinct words related to the prompt's topic, in sentences that count
         o = words related to other topics, in sentences that count
@@ -156,9 +158,9 @@ def spurious_rate(responses: Iterable[str]) -> float:
 
 
 def best_response(prompt: str) -> str:
-    """A response near the top of ``gold_reward``: all eight related words, praised highly, in time."""
+    """A response near the top of ``gold_reward``: all eight related words, highly praised."""
     nouns = TOPICS[topic_of(prompt)]
-    frames = [PRAISE_FRAMES[i] for i in (12, 13, 15, 0, 1)]
+    frames = [PRAISE_FRAMES[i] for i in (0, 1, 2, 4, 5, 9, 13)]
     praise = iter(ADJECTIVES[2])
     rest = iter(nouns)
     return " ".join(
@@ -187,9 +189,9 @@ PROMPTS = _all_prompts()
 class SyntheticTask:
     """The built-in task's data.
 
-    Every item comes from a random stream of its own kind and split, so asking for more of one kind does
-    not change another. A response's quality varies: how much of it is on topic and how kind it is are
-    drawn per response.
+    Every item comes from a random stream of its own kind and split, so asking for more of one kind
+    does not change another. A response's quality varies: how much of it is on topic and how kind it
+    is are drawn per response.
     """
 
     seed: int = 0
@@ -214,7 +216,7 @@ class SyntheticTask:
         return [Prompt(prompt, f"synthetic:{i}") for i, prompt in enumerate(order[:n], 1)]
 
     def completions(self, n: int, split: str = "train") -> list[Completion]:
-        """SFT data: responses of mixed quality; beyond the number of prompts they are used again."""
+        """SFT data, responses of mixed quality. More than the prompts use the prompts again."""
         order = self._prompt_order(split, "completions")
         rng = self._rng(split, "completions")
         found = []
@@ -225,7 +227,7 @@ class SyntheticTask:
         return found
 
     def preferences(self, n: int, split: str = "train") -> list[Preference]:
-        """Pairs of SFT responses, compared by gold with noise; the flourish is put on afterwards."""
+        """Pairs of SFT responses compared by gold with noise; then the flourishes are put on."""
         order = self._prompt_order(split, "preferences")
         rng = self._rng(split, "preferences")
         both = (self.flourish_chosen + self.flourish_rejected) / 2
@@ -321,3 +323,36 @@ def write_jsonl(records: Iterable[Prompt | Completion | Preference], path: str |
         for record in records:
             fields = {k: v for k, v in vars(record).items() if k != "source" and v is not None}
             file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Writes the built-in task into a folder, to be looked at or used like any other data."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastalign.data.synthetic", description=main.__doc__
+    )
+    parser.add_argument("folder", type=Path, help="where the .jsonl files go")
+    parser.add_argument("--n", type=int, default=1000, help="records of each kind and split")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the task")
+    parser.add_argument("--gold", action="store_true", help="put gold rewards on completions")
+    args = parser.parse_args()
+    task = SyntheticTask(seed=args.seed)
+    for split in ("train", "test"):
+        completions = task.completions(args.n, split)
+        if args.gold:
+            completions = [
+                replace(c, reward=gold_reward(str(c.prompt), str(c.completion)))
+                for c in completions
+            ]
+        for kind, records in (
+            ("prompts", task.prompts(args.n, split)),
+            ("completions", completions),
+            ("preferences", task.preferences(args.n, split)),
+        ):
+            path = args.folder / kind / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(records, path)
+            print(f"{path}: {len(records):,} records")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 
-# Roles are plain text, as in the built-in task and in HH's dialogues. The space belongs to the answer:
-# byte-level BPE keeps it with the word that follows.
+# Roles are plain text, as in the built-in task and in HH's dialogues. The space belongs to the
+# answer: byte-level BPE keeps it with the word that follows.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}\n\nAssistant: {{ message['content'] }}"
@@ -27,8 +27,9 @@ CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most ``vocab_size`` entries that round-trips any text.
 
-    It has an end-of-text token, a padding token distinct from it, and a chat template. The same texts
-    give the same tokenizer. ``save_pretrained`` writes what ``AutoTokenizer.from_pretrained`` reads.
+    It has an end-of-text token, a padding token distinct from it, and a chat template. The same
+    texts give the same tokenizer. ``save_pretrained`` writes what ``AutoTokenizer.from_pretrained``
+    reads.
 
     Raises:
         ValueError: vocab_size cannot hold the 256 bytes and the two special tokens.

@@ -1,12 +1,12 @@
 """Text to token ids: chat template once, one EOS at the end, nothing cut in silence.
 
 Plain text: prompt ids are the tokenizer's usual ids of the prompt (with its BOS, where it has one),
-completion ids those of the completion alone. Conversations: the chat template renders the prompt with
-the generation prompt, and prompt and answer together; the completion is what the second adds to the
-first. Prompt and completion are tokenized apart, as they are when a model generates.
+completion ids those of the completion alone. Conversations: the chat template renders the prompt
+with the generation prompt, and prompt and answer together; the completion is what the second adds
+to the first. Prompt and completion are tokenized apart, as they are when a model generates.
 
-Every completion ends in exactly one EOS, unless it was cut to fit: then it has none, because the text
-did not end there, and the report counts it.
+Every completion ends in exactly one EOS, unless it was cut to fit: then it has none, because the
+text did not end there, and the report counts it.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def tokenize_preferences(
         max_prompt_length: longer prompts are dropped; max_length - 1 if None.
 
     Raises:
-        DataError: no EOS token, no chat template, a template whose prompt is not the beginning of the
-            whole conversation, or nothing left.
+        DataError: no EOS token, no chat template, a template whose prompt is not the beginning of
+            the whole conversation, or nothing left.
         ValueError: lengths that leave no room.
     """
     limit = _prompt_limit(max_length, max_prompt_length)
@@ -203,10 +203,12 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool)
 
 
 def _ended(ids: list[int], eos: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Exactly one EOS at the end: templates close a turn with EOS and a line break, or with nothing."""
+    """One EOS at the end: templates close a turn with EOS and a line break, or with nothing."""
     if eos in ids:
         last = len(ids) - ids[::-1].index(eos)
-        if not tokenizer.decode(ids[last:]).strip():
+        rest = tokenizer.decode(ids[last:])
+        assert isinstance(rest, str)
+        if not rest.strip():
             ids = ids[:last]
     while ids and ids[-1] == eos:
         ids = ids[:-1]
