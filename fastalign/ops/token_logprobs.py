@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.backend import choose
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -110,6 +112,15 @@ def dlogits_reference(
 def row_stats(
     logits: Tensor, targets: Tensor, temperature: Tensor, softcap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    which = choose("row_stats", logits)
+    if which == "triton":
+        from fastalign.kernels.token_logprobs import row_stats_fwd
+
+        return row_stats_fwd(logits, targets, temperature, softcap, ignore_index)
+    if which == "cpp":
+        return torch.ops.fastalign_cpp.row_stats(
+            logits, targets, temperature, softcap, ignore_index
+        )
     return row_stats_reference(logits, targets, temperature, softcap, ignore_index)
 
 
@@ -148,7 +159,15 @@ def dlogits_out(
         row_max,
         log_sum,
     )
-    out.copy_(dlogits_reference(*args))
+    which = choose("dlogits", logits)
+    if which == "triton":
+        from fastalign.kernels.token_logprobs import dlogits_fwd
+
+        dlogits_fwd(out, *args)
+    elif which == "cpp":
+        torch.ops.fastalign_cpp.dlogits(out, *args)
+    else:
+        out.copy_(dlogits_reference(*args))
 
 
 @torch.library.custom_op("fastalign::dlogits", mutates_args=())

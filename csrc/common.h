@@ -1,0 +1,83 @@
+// Compiles one header of row kernels for several instruction sets, in a namespace each, and names the best one
+// this processor has. Use: #define FASTALIGN_ROWS "file.h", then include this header, outside any namespace.
+// The header is compiled again for each set (not only its call sites) because GCC splits wide vectors when it
+// first sees a function, before it is inlined anywhere.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace fastalign {
+
+// The two narrow formats, kept as bits.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+}  // namespace fastalign
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // all that takes a vector is inlined: no call passes one
+#endif
+
+#define FASTALIGN_ISA portable
+#include "lanes.h"
+#include FASTALIGN_ROWS
+#undef FASTALIGN_ISA
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTALIGN_X86 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define FASTALIGN_ISA avx2
+#include "lanes.h"
+#include FASTALIGN_ROWS
+#undef FASTALIGN_ISA
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#define FASTALIGN_ISA avx512
+#include "lanes.h"
+#include FASTALIGN_ROWS
+#undef FASTALIGN_ISA
+#pragma GCC pop_options
+#endif
+
+namespace fastalign {
+
+enum class Isa { portable, avx2, avx512 };
+
+inline Isa best_isa() {
+#ifdef FASTALIGN_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return Isa::avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return Isa::avx2;
+  }
+#endif
+  return Isa::portable;
+}
+
+}  // namespace fastalign
+
+#ifdef FASTALIGN_X86
+#define FASTALIGN_CALL(function, ...)                                          \
+  do {                                                                         \
+    static const ::fastalign::Isa isa = ::fastalign::best_isa();               \
+    if (isa == ::fastalign::Isa::avx512) {                                     \
+      ::fastalign::avx512::function(__VA_ARGS__);                              \
+    } else if (isa == ::fastalign::Isa::avx2) {                                \
+      ::fastalign::avx2::function(__VA_ARGS__);                                \
+    } else {                                                                   \
+      ::fastalign::portable::function(__VA_ARGS__);                            \
+    }                                                                          \
+  } while (false)
+#else
+#define FASTALIGN_CALL(function, ...) ::fastalign::portable::function(__VA_ARGS__)
+#endif
