@@ -1,0 +1,5 @@
+"""`python -m fastalign` is the command line."""
+
+from fastalign.cli import main
+
+main()

@@ -1,0 +1,161 @@
+"""The command line: `fastalign COMMAND`. One documented dataclass per command is its configuration.
+
+`--config FILE` loads values from YAML (a run's config.yaml, say), options after it override them, and
+`--print_config` shows what results. Whatever is wrong with the input ends in one line and exit status 2
+(1 for a run that had to stop, 130 for Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NoReturn
+
+# command -> (module, dataclass, function); imported only when chosen, so that --help is quick.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "quickstart": ("fastalign.quickstart", "QuickstartConfig", "run"),
+    "train sft": ("fastalign.train.sft", "SFTConfig", "train"),
+    "train reward": ("fastalign.train.reward", "RewardConfig", "train"),
+    "train apa": ("fastalign.train.apa", "APAConfig", "train"),
+    "report": ("fastalign.report.command", "ReportConfig", "run"),
+}
+ABOUT = {
+    "quickstart": "the whole road on the built-in task: SFT, reward ensemble, APA, report",
+    "train sft": "supervised fine-tuning",
+    "train reward": "an ensemble of reward heads from preference pairs",
+    "train apa": "Advantage-Induced Policy Alignment against a reward ensemble",
+    "report": "write report.html of a run",
+}
+
+
+def usage() -> str:
+    lines = ["usage: fastalign COMMAND [options]      (COMMAND --help shows its options)", ""]
+    lines += [f"  {name:14} {ABOUT[name]}" for name in COMMANDS]
+    return "\n".join(lines)
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """One line on standard error, and the end."""
+    print(f"fastalign: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean ...?`, or nothing when no known word is near."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def choose_command(argv: list[str]) -> tuple[str, list[str]]:
+    """The command's name and its own arguments."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        raise SystemExit(0 if argv else 2)
+    if argv[0] == "--version":
+        from fastalign import __version__
+
+        print(__version__)
+        raise SystemExit(0)
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, argv[words:]
+    name = " ".join(word for word in argv[:2] if not word.startswith("-"))
+    if name == "train":
+        methods = [c.split()[1] for c in COMMANDS if c.startswith("train ")]
+        fail(f"train: expected one of {', '.join(methods)}")
+    fail(f"unknown command {name!r}{nearest(name, list(COMMANDS))} (fastalign --help lists them)")
+
+
+def parse(name: str, config_class: type, argv: list[str]) -> Any:
+    """The command's configuration from defaults, --config and options."""
+    from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            fail(f"{name}: {explain(message, options)}")
+
+    parser = Parser(prog=f"fastalign {name}", description=(config_class.__doc__ or "").strip())
+    fields = set(config_class.__dataclass_fields__)  # type: ignore[attr-defined]
+    apart = {"overwrite", "resume"} & fields
+    parser.add_class_arguments(config_class, as_positional=True, skip=apart)
+    parser.add_argument("--config", action="config", help="YAML file with values for these options.")
+    if "overwrite" in apart:
+        parser.add_argument(
+            "--overwrite",
+            action=ActionYesNo,
+            default=False,
+            help="Delete what a former run left in the output folder.",
+        )
+    if "resume" in apart:
+        parser.add_argument(
+            "--resume",
+            nargs="?",
+            const="auto",
+            default=None,
+            help="Go on from the newest intact checkpoint of the output folder, or from a given one.",
+        )
+    options = [o for action in parser._actions for o in action.option_strings]
+    values = parser.parse_args(argv)
+    values.pop("config", None)
+    return config_class(**parser.instantiate_classes(values).as_dict())
+
+
+def explain(message: str, options: list[str]) -> str:
+    """jsonargparse's message in one line, with the nearest option where one is unknown."""
+    text = " ".join(message.split())
+    for word in text.replace("=", " ").split():
+        word = word.strip("'\",:")
+        if word.startswith("--") and word not in options and "nrecognized" in text:
+            return f"unknown option {word}{nearest(word, options)}"
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `fastalign` command."""
+    name, rest = choose_command(sys.argv[1:] if argv is None else argv)
+    module, config_name, function_name = COMMANDS[name]
+    loaded = import_module(module)
+    config = parse(name, getattr(loaded, config_name), rest)
+    quiet_libraries()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("fastalign").setLevel(logging.INFO)
+    run_command(name, getattr(loaded, function_name), config)
+
+
+def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
+    """Runs it; turns what users can mend into one line."""
+    from fastalign.data.formats import DataError
+    from fastalign.report import ReportError
+    from fastalign.train.checkpoint import CheckpointError
+    from fastalign.train.run import Interrupted, RunError
+
+    try:
+        function(config)
+    except Interrupted as stop:
+        fail(f"{name}: {stop}", 130)
+    except KeyboardInterrupt:
+        fail(f"{name}: stopped at once; the last checkpoint stays", 130)
+    except RunError as error:
+        fail(f"{name}: {error}", 1 if "Stopped" in str(error) else 2)
+    except (CheckpointError, DataError, ReportError, ValueError) as error:
+        fail(f"{name}: {error}")
+    except OSError as error:
+        fail(f"{name}: {error.strerror or error}: {error.filename or ''}", 1)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of libraries would tear our own apart; nothing phones home."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -1,0 +1,142 @@
+"""Attention over packed sequences, plugged into any `transformers` backbone.
+
+A pack is one row of N tokens: sequence after sequence, `cu_seqlens` marking where each begins, no padding.
+The cost is the sum of the squares of the lengths, never the square of the sum: no N x N mask is made.
+CUDA with fp16/bf16 takes torch's `varlen_attn` (FlashAttention); everything else takes SDPA segment by
+segment. Which one runs is logged once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAME = "fastalign_packed"
+log = logging.getLogger("fastalign")
+_announced: set[str] = set()
+
+
+def _announce(what: str) -> None:
+    if what not in _announced:
+        _announced.add(what)
+        log.info("packed attention: %s", what)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scale: float, causal: bool
+) -> Tensor:
+    """[1, heads, N, d] each -> [1, N, heads, d] by FlashAttention on the ragged rows."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    takes = inspect.signature(varlen_attn).parameters
+    if key.shape[1] != query.shape[1]:
+        repeat = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    rows = [t.squeeze(0).transpose(0, 1) for t in (query, key, value)]
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0) if causal else (-1, -1)}
+        if "window_size" in takes
+        else {"is_causal": causal}
+    )
+    if "scale" in takes:
+        options["scale"] = scale
+    else:  # older signature: 1/sqrt(d) is built in, so fold the rest into the query
+        rows[0] = rows[0] * (scale * query.shape[-1] ** 0.5)
+    return varlen_attn(*rows, cu, cu, longest, longest, **options).unsqueeze(0)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    segment_lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered with `transformers` under the name `fastalign_packed`.
+
+    Args:
+        query, key, value: [1, heads, N, d] (fewer key/value heads than query heads are allowed).
+        cu_seq_lens_q: int32 [S + 1]; segment_lengths: the same as a list of S lengths.
+
+    Returns:
+        ([1, N, heads, d], None).
+
+    Raises:
+        ValueError: no segments were given, or the model needs a sliding window shorter than a segment,
+            a soft-cap or a position bias, which packed attention does not have.
+    """
+    if cu_seq_lens_q is None or segment_lengths is None or max_length_q is None:
+        raise ValueError("packed attention: expected cu_seq_lens_q, max_length_q, segment_lengths")
+    window = kwargs.get("sliding_window")
+    if window is not None and window < max_length_q:
+        raise ValueError(
+            f"packed attention: the model's sliding window is {window} tokens, a sequence has "
+            f"{max_length_q}; expected sequences no longer than the window"
+        )
+    for name in ("softcap", "position_bias", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"packed attention: the model needs {name}, which is not supported")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+        _announce("torch varlen_attn (FlashAttention)")
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, causal), None
+    _announce(f"SDPA segment by segment ({query.device.type}, {query.dtype})")
+    segments = zip(*(t.split(segment_lengths, dim=2) for t in (query, key, value)), strict=True)
+    grouped = key.shape[1] != query.shape[1]
+    out = [
+        F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+        for q, k, v in segments
+    ]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+@contextmanager
+def attention(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Inside, the `transformers` model runs its attention by `implementation`."""
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation(implementation)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def register() -> None:
+    """Makes `fastalign_packed` known to `transformers`. Without a mask function none is ever built."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+
+
+def packed_hidden(backbone: nn.Module, packed: Any) -> Tensor:
+    """Last hidden states [N, H] of a pack (`fastalign.data.packing.Packed`), one forward, no padding."""
+    cu = packed.cu_seqlens
+    lengths = cu.diff().tolist()
+    out = backbone(
+        input_ids=packed.input_ids.unsqueeze(0),
+        position_ids=packed.position_ids.unsqueeze(0),
+        use_cache=False,
+        cu_seq_lens_q=cu,
+        cu_seq_lens_k=cu,
+        max_length_q=packed.max_seqlen,
+        max_length_k=packed.max_seqlen,
+        segment_lengths=lengths,
+    )
+    return out.last_hidden_state.squeeze(0)

@@ -1,0 +1,194 @@
+"""The policy: a causal language model run packed, its head kept apart for the loss head, and a value head.
+
+The folder it saves loads with plain `AutoModelForCausalLM.from_pretrained`; the value head lies beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign import ops
+from fastalign.models.attention import NAME, packed_hidden, register
+from fastalign.models.scratch import scratch_config
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a local folder or hub id.
+
+    Raises:
+        ValueError: none there, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer found at {source!r}: {str(error).splitlines()[0]}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer at {source!r} has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class ValueHead(nn.Module):
+    """V(s) from the hidden state: H -> 2H -> 1 with ReLU, as in the code of 2306.02231; starts at 0."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden_size, 2 * hidden_size)
+        self.down = nn.Linear(2 * hidden_size, 1)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> fp32 [N]."""
+        return self.down(torch.relu(self.up(hidden))).squeeze(-1).float()
+
+
+class Policy(nn.Module):
+    """A causal language model, packed, with an optional value head on its trunk.
+
+    Args:
+        model: a `transformers` causal language model.
+        value_head: whether to put a `ValueHead` on the last hidden state.
+
+    Raises:
+        ValueError: the model's logits are not its head applied to its last hidden state (a scaled or
+            otherwise wrapped head), which the loss head could not reproduce.
+    """
+
+    def __init__(self, model: Any, value_head: bool = False) -> None:
+        super().__init__()
+        register()
+        self.model = model
+        model.set_attn_implementation(NAME)
+        self.value_head = ValueHead(model.config.hidden_size) if value_head else None
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        self._check_head()
+
+    @classmethod
+    def load(
+        cls, source: str, tokenizer: Any, *, max_length: int = 512, value_head: bool = False
+    ) -> Policy:
+        """`scratch:NAME` (random weights by the current torch seed), a local folder or a hub id.
+
+        Raises:
+            ValueError: nothing there that loads, or a vocabulary smaller than the tokenizer's.
+        """
+        from transformers import AutoModelForCausalLM
+
+        if source.startswith("scratch:"):
+            config = scratch_config(source, tokenizer, max_length)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        else:
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    source, attn_implementation="sdpa", dtype=torch.float32
+                )
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"no language model loads from {source!r}: {str(error).splitlines()[0]}"
+                ) from error
+        if model.config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"the model {source!r} has {model.config.vocab_size} embeddings, its tokenizer "
+                f"{len(tokenizer)} tokens: they do not belong together"
+            )
+        policy = cls(model, value_head)
+        head_file = Path(source) / VALUE_HEAD_FILE
+        if policy.value_head is not None and head_file.exists():
+            from safetensors.torch import load_file
+
+            policy.value_head.load_state_dict(load_file(head_file))
+        return policy
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """Weights and tokenizer in the `transformers` form (safetensors), the value head beside them."""
+        from safetensors.torch import save_file
+
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if self.value_head is not None:
+            tensors = {k: v.contiguous() for k, v in self.value_head.state_dict().items()}
+            save_file(tensors, folder / VALUE_HEAD_FILE)
+
+    def frozen_copy(self) -> Policy:
+        """pi_init: the same language model, its own weights, no gradients, no value head."""
+        twin = Policy(copy.deepcopy(self.model))
+        return twin.requires_grad_(False).eval()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H], in the dtype the loss head meets the hidden states in."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of context."""
+        return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
+
+    def hidden(self, packed: Any) -> Tensor:
+        """Last hidden states [N, H] of a pack."""
+        return packed_hidden(self.model.base_model, packed)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """fp32 [N] from hidden states [N, H]."""
+        if self.value_head is None:
+            raise ValueError("Policy.values: this policy was made without a value head")
+        return self.value_head(hidden)
+
+    def logprobs(
+        self, packed: Any, *, temperature: float = 1.0, return_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (and entropies) of `packed.targets`, fp32 [N], 0 where the target is ignored."""
+        hidden = self.hidden(packed)
+        out = ops.linear_logprobs(
+            hidden,
+            self.head_weight.to(hidden.dtype),
+            packed.targets,
+            bias=self.head_bias,
+            temperature=temperature,
+            softcap=self.softcap,
+            return_entropy=return_entropy,
+        )
+        return out if return_entropy else (out, None)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        device = self.head_weight.device
+        if device.type == "meta":
+            return
+        was_training = self.model.training
+        self.model.eval()
+        ids = torch.arange(4, device=device) % self.model.config.vocab_size
+        from fastalign.data.packing import pack
+
+        packed = pack([ids.tolist()]).to(device)
+        hidden = self.hidden(packed)
+        ours = nn.functional.linear(hidden, self.head_weight, self.head_bias)
+        if self.softcap:
+            ours = self.softcap * torch.tanh(ours / self.softcap)
+        self.model.set_attn_implementation("sdpa")
+        theirs = self.model(input_ids=ids.unsqueeze(0), use_cache=False).logits.squeeze(0)
+        self.model.set_attn_implementation(NAME)
+        self.model.train(was_training)
+        error = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
+        if not error < 1e-2:
+            raise ValueError(
+                f"{type(self.model).__name__}: its logits are not its head applied to its last hidden "
+                f"state (relative difference {error:.2g}); this form of model is not supported"
+            )

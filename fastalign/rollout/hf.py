@@ -1,0 +1,133 @@
+"""Rollouts by `transformers` generation with a KV cache.
+
+The log-prob of every sampled token is read from the very scores it was drawn from, one [batch, V] slice at
+a time: the scores of a whole generation are never kept. Prompts are batched by length, so that little is
+padded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign import ops
+from fastalign.models.attention import attention
+from fastalign.models.policy import Policy
+from fastalign.rollout.engine import Rollout, SamplingConfig
+
+
+class _Recorder:
+    """A logits processor that changes nothing and remembers log-probs of what was drawn a step before.
+
+    `generate` divides by the temperature after the processors given to it, so the recorder does too.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.scores: Tensor | None = None
+        self.logp: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.collect(input_ids)
+        self.scores = scores
+        return scores
+
+    def collect(self, input_ids: Tensor) -> None:
+        if self.scores is not None:
+            drawn = input_ids[:, -1]
+            self.logp.append(ops.token_logprobs(self.scores, drawn, temperature=self.temperature))
+
+
+class TransformersEngine:
+    """Samples from a `Policy` by its own `generate`, so the weights are always the newest.
+
+    Args:
+        policy: the model.
+        tokenizer: gives the end-of-sequence and padding ids.
+    """
+
+    def __init__(self, policy: Policy, tokenizer: Any) -> None:
+        self.policy = policy
+        self.eos = int(tokenizer.eos_token_id)
+        self.pad = int(tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], n_samples: int, sampling: SamplingConfig
+    ) -> list[Rollout]:
+        """`n_samples` responses to each prompt, drawn with torch's global random state.
+
+        Raises:
+            ValueError: a prompt and `max_new_tokens` do not fit into the model's context.
+        """
+        limit = self.policy.max_length - sampling.max_new_tokens
+        for i, prompt in enumerate(prompts):
+            if not 0 < len(prompt) <= limit:
+                raise ValueError(
+                    f"rollout: prompt {i} has {len(prompt)} tokens; expected 1 to {limit} (a context of "
+                    f"{self.policy.max_length} less max_new_tokens = {sampling.max_new_tokens})"
+                )
+        requests = [i for i in range(len(prompts)) for _ in range(n_samples)]
+        order = sorted(range(len(requests)), key=lambda r: len(prompts[requests[r]]))
+        found: list[Rollout | None] = [None] * len(requests)
+        was_training = self.policy.training
+        self.policy.eval()
+        with attention(self.policy.model, "sdpa"):
+            for start in range(0, len(order), sampling.batch_size):
+                rows = order[start : start + sampling.batch_size]
+                for r, rollout in zip(
+                    rows, self._batch([requests[r] for r in rows], prompts, sampling), strict=True
+                ):
+                    found[r] = rollout
+        self.policy.train(was_training)
+        return [rollout for rollout in found if rollout is not None]
+
+    def _batch(
+        self, rows: list[int], prompts: list[list[int]], sampling: SamplingConfig
+    ) -> list[Rollout]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        width = max(len(prompts[i]) for i in rows)
+        ids = torch.full((len(rows), width), self.pad, dtype=torch.int64)
+        mask = torch.zeros((len(rows), width), dtype=torch.int64)
+        for r, i in enumerate(rows):
+            ids[r, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[r, width - len(prompts[i]) :] = 1
+        device = self.policy.head_weight.device
+        recorder = _Recorder(sampling.temperature)
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=self.eos,
+            pad_token_id=self.pad,
+        )
+        model = self.policy.model
+        # A model's own generation defaults (top_k = 50, a repetition penalty) would be merged into ours and
+        # change the distribution the log-probs are of: they stand aside meanwhile.
+        own_config, model.generation_config = model.generation_config, config
+        try:
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                logits_processor=LogitsProcessorList([recorder]),
+            )
+        finally:
+            model.generation_config = own_config
+        recorder.collect(out)
+        logp = torch.stack(recorder.logp, dim=1).tolist()
+        tokens = out[:, width:].tolist()
+        rollouts = []
+        for r, i in enumerate(rows):
+            completion = tokens[r]
+            finished = self.eos in completion
+            if finished:
+                completion = completion[: completion.index(self.eos) + 1]
+            rollouts.append(
+                Rollout(i, prompts[i], completion, logp[r][: len(completion)], finished)
+            )
+        return rollouts

@@ -1,0 +1,1 @@
+"""The loop of each method, one file each: read it top to bottom."""

@@ -1,0 +1,358 @@
+"""Advantage-Induced Policy Alignment (2306.02231, squared form).
+
+    L_APA = mean over sampled tokens of (log pi(a|s) - Adv(s, a) / lambda - log pi_init(a|s))^2
+
+One step of this loop:
+  1. sample responses from pi; score them with the reward ensemble (one number, on the last token);
+  2. log-probs of the same tokens under the frozen pi_init; values V(s) of every state;
+  3. advantages by GAE from the old values, whitened; returns = unwhitened advantages + V;
+  4. a few epochs of minibatches on L_APA + vf_coef * (V - return)^2 / 2.
+
+There is no KL penalty in the reward and no ratio: pi_init is in the regression's target. On-policy, its
+fixed point is pi_init exp(Adv / lambda) / Z.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign import losses, ops
+from fastalign.data import source
+from fastalign.data.packing import token_budget_batches
+from fastalign.data.tokens import TokenizedPrompt, tokenize_prompts
+from fastalign.models import Policy, RewardEnsemble, load_tokenizer
+from fastalign.models.reward import STATISTICS, EnsembleConfig, check_same_tokenizer
+from fastalign.rollout import SamplingConfig
+from fastalign.train import experience
+from fastalign.train.evaluate import (
+    Evaluation,
+    command_line,
+    evaluate,
+    machine,
+    versions,
+    write_comparison,
+)
+from fastalign.train.experience import Collector, Experience
+from fastalign.train.moments import RunningMoments
+from fastalign.train.optim import OptimConfig, Optimizer
+from fastalign.train.run import (
+    Run,
+    RunError,
+    Stateful,
+    autocast,
+    begin,
+    peak_memory_gib,
+)
+
+log = logging.getLogger("fastalign")
+
+
+@dataclass
+class APAConfig(OptimConfig):
+    """Align a policy with a reward ensemble by Advantage-Induced Policy Alignment."""
+
+    output: str = "runs/apa"
+    """Folder of the run; the aligned policy is written to OUTPUT/model."""
+    policy: str = "runs/sft/model"
+    """pi_init: folder or hub id of the model to align."""
+    reward: str = "runs/reward/model"
+    """Folder of the reward ensemble."""
+    judge: str | None = None
+    """Folder of a second reward ensemble, used in the evaluation only."""
+    statistic: str | None = None
+    """Statistic of the reward ensemble, where it is not to be the one it was saved with."""
+    coef: float | None = None
+    """Coefficient of lcb and uwo, likewise."""
+    prompts: str = "synthetic"
+    """Prompts: JSONL(.gz), Parquet, a folder, a hub id (preference data will do), or synthetic."""
+    lines: str | None = None
+    """Use these records only, as a Python slice: 0:2000."""
+    limit: int | None = None
+    """Use at most this many prompts."""
+    eval_prompts: str | None = None
+    """Held-out prompts; by default the test split of the built-in task, or --prompts with --eval_lines."""
+    eval_lines: str | None = None
+    """Held-out records, as a Python slice."""
+    eval_limit: int = 64
+    """How many held-out prompts to evaluate on."""
+    eval_samples: int = 4
+    """Responses to each of them."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are drawn."""
+    steps: int = 20
+    """Rounds of sampling and updating."""
+    prompts_per_step: int = 64
+    """Prompts of a round."""
+    samples_per_prompt: int = 4
+    """Responses to each of them."""
+    epochs: int = 2
+    """Passes over a round's responses."""
+    batch_tokens: int = 4096
+    """Tokens (prompt and response) of one update."""
+    micro_tokens: int = 8192
+    """Tokens of one forward pass; an update of more tokens accumulates gradients."""
+    lambda_: float = 1.0
+    """Temperature of the target pi_init exp(Adv / lambda): smaller moves further from pi_init."""
+    gamma: float = 1.0
+    """Discount of GAE."""
+    lam: float = 0.95
+    """Decay of GAE."""
+    vf_coef: float = 1.0
+    """Weight of the value loss."""
+    whiten: bool = True
+    """Whiten the advantages over the round's response tokens."""
+    scale_reward: bool = True
+    """Divide rewards by the running standard deviation of all rewards seen."""
+    lr: float = 1e-4
+    """Peak learning rate (1e-4 suits small models; the paper's 125M to 6B models take 1e-6)."""
+    schedule: str = "constant"
+    """constant, cosine or linear."""
+    checkpoint_every: int = 10
+    """Steps between checkpoints."""
+
+
+def learn_from(
+    found: Experience, policy: Policy, scaled: Tensor, config: APAConfig
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What the losses need of each response token (packed [N] each), and numbers to log."""
+    values = _values(policy, found, config)
+    rewards = torch.zeros_like(values)
+    rewards[found.cu_seqlens[1:].long() - 1] = scaled
+    advantages, returns = ops.gae(
+        rewards, values, gamma=config.gamma, lam=config.lam, cu_seqlens=found.cu_seqlens
+    )
+    spread = advantages.std().item()
+    explained = 1 - (returns - values).var().item() / max(returns.var().item(), 1e-12)
+    if config.whiten:
+        advantages = ops.whiten(advantages)
+    tokens = {"advantages": advantages, "ref_logp": found.ref_logp, "returns": returns}
+    return tokens, {"advantage/std": spread, "value/explained_variance": explained}
+
+
+@torch.no_grad()
+def _values(policy: Policy, found: Experience, config: APAConfig) -> Tensor:
+    """fp32 [N]: the critic on the state before every response token."""
+    device = policy.head_weight.device
+    policy.eval()
+    lengths = [len(r.prompt) + len(r.completion) for r in found.rollouts]
+    rows: list[Tensor] = [torch.empty(0)] * len(lengths)
+    for batch in token_budget_batches(lengths, config.micro_tokens):
+        pack_ = experience.packed([found.rollouts[i] for i in batch]).to(device)
+        with autocast(device, config.dtype):
+            hidden = policy.hidden(pack_)[pack_.targets >= 0]
+            values = policy.values(hidden).cpu()
+        for i, row in zip(
+            batch, values.split([len(found.rollouts[i].completion) for i in batch]), strict=True
+        ):
+            rows[i] = row
+    policy.train()
+    return torch.cat(rows)
+
+
+def update(
+    run: Run,
+    step: int,
+    policy: Policy,
+    optimizer: Optimizer,
+    found: Experience,
+    tokens: dict[str, Tensor],
+    config: APAConfig,
+) -> dict[str, float]:
+    """A few epochs over one round's experience; the means of the losses."""
+    device = policy.head_weight.device
+    policy_loss, value_loss = losses.APA(lambda_=config.lambda_), losses.ValueLoss()
+    lengths = [len(r.prompt) + len(r.completion) for r in found.rollouts]
+    sums: dict[str, float] = {}
+    n_updates = 0
+    for epoch in range(config.epochs):
+        order = torch.Generator().manual_seed((config.seed * 100_003 + step) * 101 + epoch)
+        for batch in token_budget_batches(lengths, config.batch_tokens, generator=order):
+            n_tokens = sum(len(found.rollouts[i].completion) for i in batch)
+            parts = torch.zeros(3, device=device)  # policy loss, value loss, entropy
+            for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
+                chosen = [batch[i] for i in micro]
+                pack_ = experience.packed([found.rollouts[i] for i in chosen]).to(device)
+                kept = pack_.targets >= 0
+                rows = torch.cat(
+                    [torch.arange(found.rows(i).start, found.rows(i).stop) for i in chosen]
+                )
+                inputs = {name: t[rows].to(device) for name, t in tokens.items()}
+                with autocast(device, config.dtype):
+                    hidden = policy.hidden(pack_)[kept]
+                    values = policy.values(hidden)
+                    out = ops.linear_loss(
+                        hidden,
+                        policy.head_weight.to(hidden.dtype),
+                        pack_.targets[kept],
+                        policy_loss,
+                        {"advantages": inputs["advantages"], "ref_logp": inputs["ref_logp"]},
+                        bias=policy.head_bias,
+                        softcap=policy.softcap,
+                        temperature=config.sampling.temperature,
+                        normalizer=n_tokens,
+                    )
+                critic = value_loss(values, inputs["returns"]).sum() / n_tokens
+                (out.loss + config.vf_coef * critic).backward()
+                parts += torch.stack(
+                    [out.loss.detach(), critic.detach(), out.entropy.sum() / n_tokens]
+                )
+            loss = parts[0] + config.vf_coef * parts[1]
+            seen = {**inputs, "hidden states": hidden, "logp": out.logp, "values": values}
+            numbers = optimizer.update(run, step, loss, seen)
+            numbers |= dict(
+                zip(("loss/policy", "loss/value", "entropy"), parts.tolist(), strict=True)
+            )
+            numbers["loss"] = float(loss)
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0.0) + value
+            n_updates += 1
+    return {name: value / n_updates for name, value in sums.items()}
+
+
+def load_prompts(
+    config: APAConfig, tokenizer: Any, room: int
+) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
+    """Training and held-out prompts of at most `room` tokens."""
+    records, report = source.prompts(config.prompts, "train", config.lines, config.limit)
+    train = tokenize_prompts(records, tokenizer, report, max_prompt_length=room)
+    log.info("%s", report)
+    if (
+        config.eval_prompts is None
+        and config.eval_lines is None
+        and not source.gold_for(config.prompts)
+    ):
+        raise RunError(
+            "nothing to evaluate on: give held-out prompts with --eval_prompts, or --eval_lines of --prompts"
+        )
+    held, held_report = source.prompts(
+        config.eval_prompts or config.prompts, "test", config.eval_lines, config.eval_limit
+    )
+    test = tokenize_prompts(held, tokenizer, held_report, max_prompt_length=room)
+    log.info("%s", held_report)
+    return train, test
+
+
+def load_reward(config: APAConfig, tokenizer: Any) -> RewardEnsemble:
+    """The ensemble with the statistic asked for, on the policy's tokenizer."""
+    ensemble = RewardEnsemble.load(config.reward)
+    check_same_tokenizer(tokenizer, load_tokenizer(config.reward), config.policy, config.reward)
+    if config.statistic is not None and config.statistic not in STATISTICS:
+        raise RunError(
+            f"unknown statistic {config.statistic!r}: expected one of {', '.join(STATISTICS)}"
+        )
+    kept = asdict(ensemble.config)
+    kept |= {"statistic": config.statistic or kept["statistic"]}
+    kept |= {"coef": kept["coef"] if config.coef is None else config.coef}
+    ensemble.config = EnsembleConfig(**kept)
+    return ensemble.requires_grad_(False).eval()
+
+
+def train(config: APAConfig) -> Path:
+    """Aligns the policy and evaluates it before and after; the folder of the model."""
+    device = begin(config)
+    tokenizer = load_tokenizer(config.policy)
+    ensemble = load_reward(config, tokenizer).to(device)
+    judge = RewardEnsemble.load(config.judge).to(device).eval() if config.judge else None
+    if judge is not None:
+        check_same_tokenizer(
+            tokenizer, load_tokenizer(str(config.judge)), config.policy, str(config.judge)
+        )
+    policy = Policy.load(config.policy, tokenizer, value_head=True).to(device)
+    reference = policy.frozen_copy().to(device)
+    policy.train()
+    room = policy.max_length - config.sampling.max_new_tokens
+    prompts, held_out = load_prompts(config, tokenizer, room)
+    gold = source.gold_for(config.prompts)
+    collector = Collector(
+        policy,
+        reference,
+        ensemble,
+        tokenizer,
+        config.sampling,
+        config.micro_tokens,
+        config.dtype,
+        gold,
+    )
+
+    def judged() -> Evaluation:
+        torch.manual_seed(config.seed + 1)  # before and after draw from the same stream
+        return evaluate(
+            collector,
+            policy,
+            [p.prompt for p in held_out],
+            [p.text for p in held_out],
+            config.eval_samples,
+            judge,
+        )
+
+    moments = RunningMoments()
+    optimizer = Optimizer(config, policy, config.steps)
+    with Run(config, "apa", config.steps) as run:
+        kept = run.folder / "before.json"
+        start = run.restore(
+            Stateful({"policy": policy}, {"optimizer": optimizer, "moments": moments})
+        )
+        if start == 0:
+            before = judged()
+            kept.write_text(json.dumps(asdict(before)))
+            run.log(0, "eval", before.numbers)
+            torch.manual_seed(config.seed)
+        for step in range(start + 1, config.steps + 1):
+            began = time.perf_counter()
+            chosen = choose_prompts(len(prompts), config, step)
+            found = collector.collect(
+                [prompts[i].prompt for i in chosen],
+                [prompts[i].text for i in chosen],
+                config.samples_per_prompt,
+            )
+            moments.update(found.proxy)
+            scaled = found.proxy / max(moments.std, 1e-6) if config.scale_reward else found.proxy
+            tokens, metrics = learn_from(found, policy, scaled, config)
+            updating = time.perf_counter()
+            metrics |= update(run, step, policy, optimizer, found, tokens, config)
+            optimizer.next_step()
+            ended = time.perf_counter()
+            metrics |= found.metrics() | found.seconds
+            metrics |= {
+                "time/update": ended - updating,
+                "tokens": found.tokens,
+                # generated, scored, looked up in pi_init, valued, and trained on `epochs` times
+                "tokens_per_s": found.tokens * (4 + config.epochs) / (ended - began),
+                "memory_gib": peak_memory_gib(device),
+            }
+            run.log(step, "train", metrics)
+            run.end_step(step)
+        after = judged()
+        run.log(config.steps, "eval", after.numbers)
+        policy.save(run.folder / "model", tokenizer)
+        facts = {
+            "method": "apa",
+            "proxy": ensemble.config.statistic,
+            "n_prompts": len(held_out),
+            "n_samples": config.eval_samples,
+            "machine": machine(device),
+            "versions": versions(),
+            "command": command_line(),
+            "seconds": {"total": time.monotonic() - run.started},
+        }
+        write_comparison(run.folder, Evaluation(**json.loads(kept.read_text())), after, facts)
+    return run.folder / "model"
+
+
+def choose_prompts(n_prompts: int, config: APAConfig, step: int) -> list[int]:
+    """The prompts of a step: one shuffled pass over all of them after another."""
+    chosen = []
+    first = (step - 1) * config.prompts_per_step
+    for position in range(first, first + config.prompts_per_step):
+        epoch, place = divmod(position, n_prompts)
+        order = torch.Generator().manual_seed(config.seed * 1000 + epoch)
+        chosen.append(int(torch.randperm(n_prompts, generator=order)[place]))
+    return chosen

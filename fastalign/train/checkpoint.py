@@ -1,0 +1,154 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is a folder `step-000120` holding `weights.safetensors`, `state.pt` and a `manifest.json` with
+the size and SHA-256 of both. It is written under a temporary name, synced, and renamed last, so a folder of
+the final name is complete; the manifest catches what a disk does to it afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another run; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    tensors: dict[str, Tensor]
+    """All weights and buffers, `module.parameter`."""
+    state: dict[str, Any]
+    """Optimizer, schedule, random states, running moments: everything else that a run carries along."""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else (hashlib.sha256(file.read()).hexdigest())
+        )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes `folder/step-NNNNNN` and removes all but the newest `keep` checkpoints."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{checkpoint.step:06d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    # Tied weights share memory, which safetensors refuses: each name gets its own copy.
+    tensors = {
+        name: t.detach().cpu().clone().contiguous() for name, t in checkpoint.tensors.items()
+    }
+    save_file(tensors, partial / WEIGHTS)
+    torch.save(checkpoint.state, partial / STATE)
+    files = {
+        name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
+        for name in (WEIGHTS, STATE)
+    }
+    (partial / MANIFEST).write_text(json.dumps({"step": checkpoint.step, "files": files}, indent=2))
+    for name in (WEIGHTS, STATE, MANIFEST):
+        _sync(partial / name)
+    _sync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(folder)
+    for old in found(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, intact or not."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.exists() else []
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads one checkpoint back.
+
+    Raises:
+        CheckpointError: it is missing or damaged; says what is wrong with which file.
+    """
+    from safetensors.torch import load_file
+
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest["files"].items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                raise CheckpointError(
+                    f"damaged checkpoint {path}: {name} has {size} bytes, expected {expected['bytes']}"
+                )
+            if _digest(path / name) != expected["sha256"]:
+                raise CheckpointError(
+                    f"damaged checkpoint {path}: {name} does not match its checksum"
+                )
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"damaged checkpoint {path}: {Path(error.filename).name} is missing"
+        ) from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"damaged checkpoint {path}: {MANIFEST} is not readable") from error
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    return Checkpoint(int(manifest["step"]), load_file(path / WEIGHTS), state)
+
+
+def newest_intact(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that reads back, and a line for every newer one that does not.
+
+    Raises:
+        CheckpointError: there is none; says what is wrong with the newest.
+    """
+    paths = found(folder)
+    if not paths:
+        raise CheckpointError(f"nothing to resume: no checkpoint in {folder}")
+    damaged: list[str] = []
+    for path in reversed(paths):
+        try:
+            return load(path), damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    raise CheckpointError(f"nothing to resume: {damaged[0]}")
+
+
+def random_state() -> dict[str, Any]:
+    """Every random state a step draws from."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,184 @@
+"""Experience: rollouts with all that policy training needs to know of each token, packed.
+
+One row per response token, response after response; `cu_seqlens` marks the responses. The state of a token
+is the position before it, so row t of `values` is V(prompt + tokens before t).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign import ops
+from fastalign.data.packing import Packed, pack, token_budget_batches
+from fastalign.models import Policy, RewardEnsemble
+from fastalign.rollout import Rollout, SamplingConfig, TransformersEngine
+from fastalign.train.run import autocast
+
+Gold = Callable[[str, str], float]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """S responses with N tokens in all. Tensors lie on the CPU."""
+
+    rollouts: list[Rollout]
+    cu_seqlens: Tensor  # int32 [S + 1]
+    logp: Tensor  # fp32 [N], of the sampled tokens, from sampling
+    ref_logp: Tensor  # fp32 [N], under pi_init
+    scores: Tensor  # fp32 [S, K], reward heads
+    proxy: Tensor  # fp32 [S], the ensemble's statistic
+    gold: Tensor | None  # fp64 [S]
+    tokens: int  # of prompts and responses together
+    seconds: dict[str, float]  # by phase
+
+    def rows(self, i: int) -> slice:
+        """The rows of response i."""
+        return slice(int(self.cu_seqlens[i]), int(self.cu_seqlens[i + 1]))
+
+    def per_response(self, per_token: Tensor) -> Tensor:
+        """Sums [N] over each response: [S]."""
+        padded = torch.cat([per_token.new_zeros(1), per_token.cumsum(0)])
+        return padded[self.cu_seqlens[1:].long()] - padded[self.cu_seqlens[:-1].long()]
+
+    def metrics(self) -> dict[str, float]:
+        """Rewards, and KL(pi || pi_init) per response by the k1 and the k3 estimator, in nats."""
+        k1 = self.per_response(ops.kl_estimate(self.logp, self.ref_logp, kind="k1").double())
+        k3 = self.per_response(ops.kl_estimate(self.logp, self.ref_logp, kind="k3").double())
+        lengths = self.cu_seqlens.diff().double()
+        found = {
+            "reward/proxy": self.proxy.mean().item(),
+            "reward/proxy_std": self.proxy.std().item(),
+            "kl/k1": k1.mean().item(),
+            "kl/k3": k3.mean().item(),
+            "length": lengths.mean().item(),
+            "finished": sum(r.finished for r in self.rollouts) / len(self.rollouts),
+        }
+        if self.scores.shape[1] > 1:
+            found["reward/disagreement"] = self.scores.std(1).mean().item()
+        for k, mean in enumerate(self.scores.mean(0).tolist()):
+            found[f"reward/head_{k}"] = mean
+        if self.gold is not None:
+            found["reward/gold"] = self.gold.mean().item()
+            found["reward/gold_std"] = self.gold.std().item()
+        return found
+
+
+def packed(rollouts: list[Rollout]) -> Packed:
+    """One pack of whole sequences whose targets are the response tokens, in the order of the rollouts."""
+    return pack([r.prompt + r.completion for r in rollouts], [len(r.prompt) for r in rollouts])
+
+
+class Collector:
+    """Samples, scores and looks up what the frozen reference thinks.
+
+    Args:
+        policy: samples.
+        reference: pi_init, frozen.
+        ensemble: the reward, frozen.
+        tokenizer: ends responses, and makes text of them for the gold reward.
+        sampling: how to draw.
+        micro_tokens: tokens of one forward pass.
+        dtype: of the forward passes, as in the configuration.
+        gold: (prompt text, response text) -> reward, where there is one.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy,
+        ensemble: RewardEnsemble,
+        tokenizer: Any,
+        sampling: SamplingConfig,
+        micro_tokens: int,
+        dtype: str,
+        gold: Gold | None,
+    ) -> None:
+        self.reference, self.ensemble, self.tokenizer = reference, ensemble, tokenizer
+        self.sampling, self.micro_tokens, self.dtype, self.gold = (
+            sampling,
+            micro_tokens,
+            dtype,
+            gold,
+        )
+        self.engine = TransformersEngine(policy, tokenizer)
+
+    def text(self, completion: list[int]) -> str:
+        return self.tokenizer.decode(completion, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def collect(self, prompts: list[list[int]], texts: list[str], n_samples: int) -> Experience:
+        """`n_samples` responses to each prompt; `texts` are the prompts as the gold reward reads them."""
+        began = time.perf_counter()
+        rollouts = self.engine.generate(prompts, n_samples, self.sampling)
+        generated = time.perf_counter()
+        scores = self.scores(rollouts, self.ensemble)
+        gold = None
+        if self.gold is not None:
+            gold = torch.tensor(
+                [self.gold(texts[r.prompt_index], self.text(r.completion)) for r in rollouts],
+                dtype=torch.float64,
+            )
+        scored = time.perf_counter()
+        ref_logp, _ = self.logprobs(self.reference, rollouts)
+        referred = time.perf_counter()
+        ends = torch.tensor([len(r.completion) for r in rollouts]).cumsum(0)
+        length = sum(len(r.prompt) + len(r.completion) for r in rollouts)
+        return Experience(
+            rollouts,
+            torch.cat([ends.new_zeros(1), ends]).int(),
+            torch.tensor([x for r in rollouts for x in r.logp]),
+            ref_logp,
+            scores,
+            self.ensemble.reduce(scores),
+            gold,
+            length,
+            {
+                "time/generate": generated - began,
+                "time/score": scored - generated,
+                "time/reference": referred - scored,
+            },
+        )
+
+    @torch.no_grad()
+    def scores(self, rollouts: list[Rollout], ensemble: RewardEnsemble) -> Tensor:
+        """fp32 [S, K]: every head of `ensemble` on every response, read at its last token."""
+        ensemble.eval()
+        device = ensemble.weight.device
+        found = torch.empty(len(rollouts), ensemble.config.n_heads)
+        lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
+        for batch in token_budget_batches(lengths, self.micro_tokens):
+            with autocast(device, self.dtype):
+                found[batch] = ensemble(packed([rollouts[i] for i in batch]).to(device)).cpu()
+        return found
+
+    @torch.no_grad()
+    def logprobs(
+        self, policy: Policy, rollouts: list[Rollout], *, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """fp32 [N] log-probs (and entropies) of all response tokens under `policy`, at the sampling's
+        temperature."""
+        device = policy.head_weight.device
+        was_training = policy.training
+        policy.eval()
+        lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
+        found = torch.empty(2, sum(len(r.completion) for r in rollouts))
+        starts = torch.tensor([0] + [len(r.completion) for r in rollouts]).cumsum(0).tolist()
+        for batch in token_budget_batches(lengths, self.micro_tokens):
+            pack_ = packed([rollouts[i] for i in batch]).to(device)
+            with autocast(device, self.dtype):
+                logp, h = policy.logprobs(
+                    pack_, temperature=self.sampling.temperature, return_entropy=entropy
+                )
+            kept = pack_.targets >= 0
+            rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
+            found[0, rows] = logp[kept].cpu()
+            if h is not None:
+                found[1, rows] = h[kept].cpu()
+        policy.train(was_training)
+        return found[0], found[1] if entropy else None

@@ -1,0 +1,103 @@
+"""AdamW, its schedule, and the guard that keeps a NaN from reaching the weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.train.run import Run, RunConfig, RunError, first_non_finite
+
+
+@dataclass
+class OptimConfig(RunConfig):
+    """What every command that updates weights has."""
+
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    schedule: str = "cosine"
+    """After the warm-up: cosine or linear to a tenth of the peak, or constant."""
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.01
+    """On matrices only; biases, norms and other vectors are not decayed."""
+    beta2: float = 0.95
+    """AdamW's second beta; the first is 0.9."""
+    grad_clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+class Optimizer:
+    """AdamW over the trainable parameters of `module`, one `update` a step."""
+
+    def __init__(self, config: OptimConfig, module: nn.Module, total: int) -> None:
+        if config.schedule not in SCHEDULES:
+            raise RunError(
+                f"unknown schedule {config.schedule!r}: expected one of {', '.join(SCHEDULES)}"
+            )
+        self.config, self.module = config, module
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        vectors = [p for p in self.parameters if p.ndim < 2]
+        self.adam = torch.optim.AdamW(
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        warmup = max(1, round(config.warmup * total))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = min(1.0, (step - warmup) / max(1, total - warmup))
+            if config.schedule == "cosine":
+                return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+            return 1.0 - 0.9 * done if config.schedule == "linear" else 1.0
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, factor)
+
+    def update(
+        self, run: Run, step: int, loss: Tensor, inputs: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """One step from the gradients that `backward` left; the learning rate used and the gradient norm.
+
+        Raises:
+            RunError: loss or gradient is not finite. The weights stay as they were; the message names the
+                first tensor that is not finite, in the order weights, inputs, loss, gradients.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        if not (math.isfinite(float(norm)) and math.isfinite(float(loss))):
+            named = list(self.module.named_parameters())
+            culprit = first_non_finite(
+                [(f"weight {name}", p.detach()) for name, p in named]
+                + [(f"input {name}", t.detach()) for name, t in inputs.items()]
+                + [("the loss", loss.detach())]
+                + [(f"gradient of {name}", p.grad) for name, p in named]
+            )
+            raise RunError(
+                f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g}; first seen in "
+                f"{culprit}. Stopped before the update; {run.last_checkpoint()}"
+            )
+        lr = self.schedule.get_last_lr()[0]
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        return {"lr": lr, "grad_norm": float(norm)}
+
+    def next_step(self) -> None:
+        """Moves the learning rate on; a step of policy training holds several updates."""
+        self.schedule.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adam": self.adam.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(state["adam"])
+        self.schedule.load_state_dict(state["schedule"])

@@ -1,0 +1,367 @@
+"""A run: its folder, its metrics, its progress on the screen, its checkpoints, its end.
+
+run folder/
+  config.yaml      the resolved configuration
+  metrics.jsonl    one JSON object a line
+  checkpoints/     step-000100/ ...
+  model/           what came out, written at the end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.train import checkpoint
+
+log = logging.getLogger("fastalign")
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on; the message is one clear line for the user."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop (Ctrl-C); a checkpoint has been written."""
+
+
+@dataclass
+class RunConfig:
+    """What every training command has."""
+
+    output: str = "runs/new"
+    """Folder of the run. It must not hold a run already, unless --overwrite or --resume says so."""
+    overwrite: bool = False
+    """Delete what a former run left in the output folder."""
+    resume: str | None = None
+    """Go on from the newest intact checkpoint of the output folder (`--resume`) or from a given one."""
+    seed: int = 0
+    """Of weights, data order and sampling."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    dtype: str = "auto"
+    """Of the forward pass: float32, bfloat16 (autocast; weights stay fp32), or auto (bfloat16 on CUDA)."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; one more is written at the end and on Ctrl-C."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay."""
+
+
+class Stateful:
+    """What a checkpoint holds: modules, an optimizer and anything else with state_dict/load_state_dict."""
+
+    def __init__(self, modules: dict[str, nn.Module], others: dict[str, Any]) -> None:
+        self.modules = modules
+        self.others = others
+
+    def capture(self, step: int) -> checkpoint.Checkpoint:
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, module in self.modules.items()
+            for key, tensor in module.state_dict().items()
+        }
+        state = {name: other.state_dict() for name, other in self.others.items()}
+        state["random"] = checkpoint.random_state()
+        return checkpoint.Checkpoint(step, tensors, state)
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        for name, module in self.modules.items():
+            prefix = f"{name}."
+            own = {
+                k.removeprefix(prefix): t for k, t in saved.tensors.items() if k.startswith(prefix)
+            }
+            try:
+                module.load_state_dict(own)
+            except RuntimeError as error:
+                raise RunError(
+                    f"the checkpoint is of another architecture: {str(error).splitlines()[-1].strip()}"
+                ) from error
+        for name, other in self.others.items():
+            other.load_state_dict(saved.state[name])
+        checkpoint.set_random_state(saved.state["random"])
+
+
+class Run:
+    """Context manager around a training loop.
+
+    Args:
+        config: the command's configuration.
+        command: its name, shown beside the progress bar.
+        total: steps of the whole run.
+    """
+
+    def __init__(self, config: RunConfig, command: str, total: int) -> None:
+        self.config, self.command, self.total = config, command, total
+        self.folder = Path(config.output)
+        self.started = time.monotonic()
+        self.step = 0
+        self._interrupts = 0
+        self._shown: dict[str, float] = {}
+        self._last_line = 0.0
+
+    # --- the loop's side -------------------------------------------------------------------------
+
+    def restore(self, stateful: Stateful) -> int:
+        """Loads what --resume asks for; the step to go on from (0 in a new run)."""
+        self.stateful = stateful
+        if self.config.resume is None:
+            return 0
+        if self.config.resume == "auto":
+            saved, damaged = checkpoint.newest_intact(self.folder / "checkpoints")
+            for line in damaged:
+                log.warning("%s; taking the one before it", line)
+        else:
+            saved = checkpoint.load(Path(self.config.resume))
+        stateful.restore(saved)
+        self.step = saved.step
+        self._drop_metrics_after(saved.step)
+        log.info("resumed at step %d of %d", saved.step, self.total)
+        return saved.step
+
+    def _drop_metrics_after(self, step: int) -> None:
+        """What was logged past the checkpoint will be logged again: it goes, so that no step is twice."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the half line of a killed run
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+
+    def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
+        """Writes one line of metrics.jsonl and refreshes the screen."""
+        record = {"step": step, "phase": phase, "time": time.time(), **metrics}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if phase == "train":
+            self._show(step, metrics)
+
+    def end_step(self, step: int) -> None:
+        """After every step: the checkpoint that is due, and the stop that was asked for.
+
+        Raises:
+            Interrupted: Ctrl-C was pressed; the checkpoint is written.
+        """
+        self.step = step
+        stop = self._interrupts > 0
+        if stop or step % self.config.checkpoint_every == 0 or step == self.total:
+            path = checkpoint.save(
+                self.folder / "checkpoints",
+                self.stateful.capture(step),
+                self.config.keep_checkpoints,
+            )
+            if stop:
+                raise Interrupted(
+                    f"stopped at step {step}; go on with --resume (checkpoint {path})"
+                )
+
+    def last_checkpoint(self) -> str:
+        paths = checkpoint.found(self.folder / "checkpoints")
+        return (
+            f"the last good checkpoint is {paths[-1]}" if paths else "no checkpoint was written yet"
+        )
+
+    # --- the screen ------------------------------------------------------------------------------
+
+    def __enter__(self) -> Run:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            disable=not sys.stderr.isatty(),
+            console=_console(),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self.command, total=self.total, shown="")
+        self._handler = signal.getsignal(signal.SIGINT)
+        if _in_main_thread():
+            signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        if _in_main_thread():
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += 1
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        log.warning("Ctrl-C: finishing this step and writing a checkpoint (again: stop at once)")
+
+    _COLUMNS = {
+        "loss": "loss {:.3f}",
+        "accuracy": "accuracy {:.3f}",
+        "reward/proxy": "reward {:+.3f}",
+        "kl/k1": "KL {:.2f}",
+        "tokens_per_s": "{:,.0f} tok/s",
+    }
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        shown = "  ".join(
+            form.format(metrics[key]) for key, form in self._COLUMNS.items() if key in metrics
+        )
+        self._bar.update(self._task, completed=step, shown=shown)
+        # Without a terminal (a log file) a line every few seconds takes the bar's place.
+        if self._bar.disable and (time.monotonic() - self._last_line > 5 or step == self.total):
+            self._last_line = time.monotonic()
+            elapsed = self._last_line - self.started
+            print(
+                f"{self.command} {step}/{self.total}  {elapsed:.0f}s  {shown}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def begin(config: RunConfig) -> torch.device:
+    """Claims the output folder, seeds everything and chooses the device, before any work is done.
+
+    Raises:
+        RunError: the output folder cannot be used, or the device is not there.
+    """
+    device = choose_device(config.device)
+    autocast(device, config.dtype)
+    folder = Path(config.output)
+    claim_folder(folder, overwrite=config.overwrite, reuse=config.resume is not None)
+    write_config(folder, config)
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    return device
+
+
+def claim_folder(folder: Path, *, overwrite: bool, reuse: bool = False) -> None:
+    """Makes the folder, or says why it cannot be used. A folder of nothing but config.yaml is free.
+
+    Raises:
+        RunError: it holds something already, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"output {folder} is a file; expected a folder")
+    try:
+        held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if held - {"config.yaml"} and not reuse:
+            if not overwrite:
+                raise RunError(
+                    f"output folder {folder} is already in use; choose another --output, "
+                    "or --overwrite, or --resume"
+                )
+            if "config.yaml" not in held:
+                raise RunError(
+                    f"--overwrite: {folder} does not hold a run (no config.yaml); not deleting it"
+                )
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to output folder {folder}: {error.strerror}") from error
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """The resolved configuration as config.yaml, which `--config` reads back."""
+    import yaml
+
+    values = dataclasses.asdict(config)
+    for once in ("resume", "overwrite"):
+        values.pop(once, None)
+    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        RunError: an unknown or absent device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RunError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RunError(f"device {name!r} was asked for, but no CUDA device is here")
+    return device
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The forward pass's precision: weights stay fp32 (fp32 means no autocast).
+
+    Raises:
+        RunError: an unknown dtype.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise RunError(f"unknown dtype {dtype!r}: expected auto, float32 or bfloat16")
+    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: of the allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def first_non_finite(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity."""
+    for name, tensor in named:
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+            return f"{name} (first {kind} among {tensor.numel():,} values)"
+    return None

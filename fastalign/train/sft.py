@@ -1,0 +1,177 @@
+"""Supervised fine-tuning: L = -mean over response tokens of log pi(y_t | x, y_<t).
+
+Everything is packed; the loss head sees the hidden states at response positions only.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalign import losses, ops
+from fastalign.data import source
+from fastalign.data.packing import Packed, pack, token_budget_batches
+from fastalign.data.tokenizer import train_tokenizer
+from fastalign.data.tokens import TokenizedCompletion, tokenize_completions
+from fastalign.models import Policy, load_tokenizer
+from fastalign.train.optim import OptimConfig, Optimizer
+from fastalign.train.run import (
+    Run,
+    Stateful,
+    autocast,
+    begin,
+    peak_memory_gib,
+)
+
+log = logging.getLogger("fastalign")
+
+
+@dataclass
+class SFTConfig(OptimConfig):
+    """Fine-tune a language model on prompts and responses."""
+
+    output: str = "runs/sft"
+    """Folder of the run; the model is written to OUTPUT/model."""
+    model: str = "scratch:3m"
+    """A local folder or hub id, or scratch:1m, 3m, 10m, 25m, 100m (random weights, tokenizer from data)."""
+    data: str = "synthetic"
+    """JSONL(.gz), Parquet, a folder, a hub id, or synthetic; preference data gives prompt and chosen."""
+    lines: str | None = None
+    """Use these records only, as a Python slice: 0:2000."""
+    limit: int | None = None
+    """Use at most this many records."""
+    eval_data: str | None = None
+    """Held-out data; by default the test split of the built-in task, or the same file with --eval_lines."""
+    eval_lines: str | None = None
+    """Held-out records of --eval_data (or of --data), as a Python slice."""
+    eval_limit: int | None = 400
+    """Use at most this many held-out records."""
+    vocab_size: int = 2048
+    """Of the tokenizer trained for a scratch model."""
+    max_length: int = 512
+    """Tokens of prompt and response together; longer responses are cut and counted."""
+    epochs: int = 2
+    """Passes over the data."""
+    batch_tokens: int = 4096
+    """Tokens of one optimizer step."""
+    micro_tokens: int = 8192
+    """Tokens of one forward pass; a step of more tokens accumulates gradients."""
+    lr: float = 1e-3
+    """Peak learning rate (1e-3 suits small models from scratch; 1e-5 a pretrained one)."""
+    eval_every: int = 50
+    """Steps between evaluations on held-out data."""
+
+
+def packed(examples: list[TokenizedCompletion]) -> Packed:
+    """One pack whose targets are the response tokens."""
+    return pack([e.prompt + e.completion for e in examples], [len(e.prompt) for e in examples])
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy, examples: list[TokenizedCompletion], config: SFTConfig
+) -> dict[str, float]:
+    """Held-out loss in nats per response token, and perplexity."""
+    device = policy.head_weight.device
+    policy.eval()
+    total, count = 0.0, 0
+    lengths = [len(e.prompt) + len(e.completion) for e in examples]
+    for batch in token_budget_batches(lengths, config.micro_tokens):
+        pack_ = packed([examples[i] for i in batch]).to(device)
+        with autocast(device, config.dtype):
+            logp, _ = policy.logprobs(pack_)
+        total -= float(logp.sum())
+        count += int((pack_.targets >= 0).sum())
+    policy.train()
+    return {"loss": total / count, "perplexity": math.exp(min(total / count, 50.0))}
+
+
+def load_data(
+    config: SFTConfig,
+) -> tuple[Any, list[TokenizedCompletion], list[TokenizedCompletion]]:
+    """Tokenizer, training and held-out examples."""
+    records, report = source.completions(config.data, "train", config.lines, config.limit)
+    if config.model.startswith("scratch:"):
+        texts = [t for r in records for t in (as_text(r.prompt), as_text(r.completion))]
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.model)
+    train = tokenize_completions(records, tokenizer, report, max_length=config.max_length)
+    log.info("%s", report)
+    held_source = config.eval_data or (
+        config.data if config.eval_lines or source.synthetic_task(config.data) else None
+    )
+    if held_source is None:
+        return tokenizer, train, []
+    held, held_report = source.completions(
+        held_source, "test", config.eval_lines, config.eval_limit
+    )
+    test = tokenize_completions(held, tokenizer, held_report, max_length=config.max_length)
+    log.info("%s", held_report)
+    return tokenizer, train, test
+
+
+def as_text(text: Any) -> str:
+    """Plain text of a record's field, for training a tokenizer."""
+    return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)
+
+
+def train(config: SFTConfig) -> Path:
+    """Runs supervised fine-tuning; the folder of the model."""
+    device = begin(config)
+    tokenizer, examples, held_out = load_data(config)
+    policy = Policy.load(config.model, tokenizer, max_length=config.max_length).to(device)
+    policy.train()
+
+    lengths = [len(e.prompt) + len(e.completion) for e in examples]
+    schedule: list[list[int]] = []
+    for epoch in range(config.epochs):
+        order = torch.Generator().manual_seed(config.seed * 1000 + epoch)
+        schedule += token_budget_batches(lengths, config.batch_tokens, generator=order)
+
+    optimizer = Optimizer(config, policy, len(schedule))
+    loss_fn = losses.MLE()
+    with Run(config, "sft", len(schedule)) as run:
+        start = run.restore(Stateful({"policy": policy}, {"optimizer": optimizer}))
+        if start == 0 and held_out:
+            run.log(0, "eval", evaluate(policy, held_out, config))
+        for step in range(start + 1, len(schedule) + 1):
+            began = time.perf_counter()
+            batch = schedule[step - 1]
+            tokens = sum(lengths[i] for i in batch)
+            n_targets = sum(len(examples[i].completion) for i in batch)
+            total = torch.zeros((), device=device)
+            for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
+                pack_ = packed([examples[batch[i]] for i in micro]).to(device)
+                with autocast(device, config.dtype):
+                    hidden = policy.hidden(pack_)
+                    out = ops.linear_loss(
+                        hidden,
+                        policy.head_weight.to(hidden.dtype),
+                        pack_.targets,
+                        loss_fn,
+                        {},
+                        bias=policy.head_bias,
+                        softcap=policy.softcap,
+                        normalizer=n_targets,
+                    )
+                out.loss.backward()
+                total += out.loss.detach()
+            metrics = {"loss": float(total), "perplexity": math.exp(min(float(total), 50.0))}
+            metrics |= optimizer.update(run, step, total, {"hidden states": hidden})
+            optimizer.next_step()
+            metrics |= {"tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - began)}
+            metrics["memory_gib"] = peak_memory_gib(device)
+            run.log(step, "train", metrics)
+            if held_out and (step % config.eval_every == 0 or step == len(schedule)):
+                run.log(step, "eval", evaluate(policy, held_out, config))
+            run.end_step(step)
+        model_folder = run.folder / "model"
+        policy.save(model_folder, tokenizer)
+    return model_folder
