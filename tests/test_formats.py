@@ -1,4 +1,4 @@
-"""Every form of data that is accepted, what is dropped and counted, and each bad input's message."""
+"""Every form of data that is accepted, what is dropped and counted, every error message."""
 
 import gzip
 import json
@@ -188,9 +188,7 @@ def test_error_when_nothing_is_left(write):
 
 
 def test_report_line():
-    report = LoadReport("file")
-    for line in range(1, 1999):
-        report.kept += 1
+    report = LoadReport("file", kept=1998)
     report.drop("chosen equals rejected", "file:17")
     report.drop("chosen equals rejected", "file:99")
     report.truncate("chosen cut", "file:5")
@@ -513,8 +511,8 @@ def test_hh_rlhf():
         lines = [json.loads(line) for line in file]
     for pair in pairs:
         record = lines[int(pair.source.rsplit(":", 1)[1]) - 1]
-        assert pair.prompt + pair.chosen == record["chosen"]
-        assert pair.prompt + pair.rejected == record["rejected"]
+        assert f"{pair.prompt}{pair.chosen}" == record["chosen"]
+        assert f"{pair.prompt}{pair.rejected}" == record["rejected"]
     train, _ = read_preferences(str(HH), lines="0:2000")
     held_out, _ = read_preferences(str(HH), lines="2000:")
     assert train + held_out == pairs

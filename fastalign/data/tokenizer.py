@@ -12,15 +12,15 @@ EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 
 # Roles are plain text, as in the built-in task and in HH's dialogues. The space belongs to the
-# answer: byte-level BPE keeps it with the word that follows.
+# answer: byte-level BPE keeps it with the word that follows. Line breaks are inside the expressions,
+# because templates are rendered with the first line break after a block taken away.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}\n\nAssistant: {{ message['content'] }}"
-    "{% if loop.last %}{{ eos_token }}{% endif %}"
-    "{% elif message['role'] == 'user' %}\n\nHuman: {{ message['content'] }}"
-    "{% else %}\n\n{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+    "{% set role = {'user': 'Human'}.get(message['role'], message['role'] | capitalize) %}"
+    "{{ '\\n\\n' + role + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' and loop.last %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 
 

@@ -75,12 +75,14 @@ def tokenize_preferences(
     for record, (prompt, good), (_, bad) in zip(records, chosen, rejected, strict=True):
         if not _prompt_fits(prompt, limit, record.source, report):
             continue
-        good = _cut(good, max_length, prompt, "chosen", record.source, report)
-        bad = _cut(bad, max_length, prompt, "rejected", record.source, report)
-        if good == bad:
+        room = max_length - len(prompt)
+        pair = TokenizedPreference(prompt, good[:room], bad[:room])
+        if pair.chosen == pair.rejected:
             report.drop(EQUAL_AFTER_CUT, record.source)
             continue
-        kept.append(TokenizedPreference(prompt, good, bad))
+        _count_cut(good, room, "chosen", max_length, record.source, report)
+        _count_cut(bad, room, "rejected", max_length, record.source, report)
+        kept.append(pair)
     return _finish(kept, report)
 
 
@@ -98,8 +100,9 @@ def tokenize_completions(
     kept = []
     for record, (prompt, completion) in zip(records, rendered, strict=True):
         if _prompt_fits(prompt, limit, record.source, report):
-            completion = _cut(completion, max_length, prompt, "completion", record.source, report)
-            kept.append(TokenizedCompletion(prompt, completion, record.reward))
+            room = max_length - len(prompt)
+            _count_cut(completion, room, "completion", max_length, record.source, report)
+            kept.append(TokenizedCompletion(prompt, completion[:room], record.reward))
     return _finish(kept, report)
 
 
@@ -224,14 +227,11 @@ def _prompt_fits(ids: list[int], limit: int, source: str, report: LoadReport) ->
     return True
 
 
-def _cut(
-    ids: list[int], max_length: int, prompt: list[int], name: str, source: str, report: LoadReport
-) -> list[int]:
-    room = max_length - len(prompt)
-    if len(ids) <= room:
-        return ids
-    report.truncate(f"{name} cut at {max_length:,} tokens with its prompt, EOS removed", source)
-    return ids[:room]
+def _count_cut(
+    ids: list[int], room: int, name: str, max_length: int, source: str, report: LoadReport
+) -> None:
+    if len(ids) > room:
+        report.truncate(f"{name} cut at {max_length:,} tokens with its prompt, EOS removed", source)
 
 
 def _finish(kept: list, report: LoadReport) -> list:
