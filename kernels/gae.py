@@ -1,5 +1,4 @@
-"""Generalised advantage estimation as a reverse scan: one program per sequence, blocks of time from
-the end.
+"""Generalised advantage estimation as a reverse scan: one program per sequence, from the end.
 
 A kept token maps the discounted continuation w = gamma (V + lam A) of what follows it to its own,
 w -> gamma ((1 - lam) V + lam r) + gamma lam w, and a dropped token leaves w as it is. These affine

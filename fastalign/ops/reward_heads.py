@@ -18,6 +18,9 @@ Sibling file: tests/test_reward_heads.py.
 
 from __future__ import annotations
 
+import math
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -47,8 +50,11 @@ def reduce_scores_reference(scores: Tensor, reduce: str, coef: float) -> Tensor:
     mean = scores.mean(-1)
     if reduce == "mean" or n_heads == 1:
         return mean
-    spread = scores.std(-1) if reduce == "lcb" else scores.var(-1)
-    return mean - coef * spread
+    centred = scores - mean[..., None]
+    if reduce == "uwo":
+        return mean - coef * centred.square().sum(-1) / (n_heads - 1)
+    # A norm, because its gradient at equal scores is 0 where that of a square root is not finite.
+    return mean - coef * torch.linalg.vector_norm(centred, dim=-1) / math.sqrt(n_heads - 1)
 
 
 torch.library.define(
@@ -88,6 +94,30 @@ def reduce_scores(scores: Tensor, reduce: str, coef: float | None = None) -> Ten
     if reduce in NEED_COEF and (coef is None or not coef >= 0.0):
         raise ValueError(f"reduce_scores: expected coef >= 0 for {reduce!r}, got {coef}")
     return torch.ops.fastalign.reduce_scores(scores, reduce, 0.0 if coef is None else float(coef))
+
+
+@overload
+def reward_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    reduce: None = None,
+    coef: float | None = None,
+) -> Tensor: ...
+
+
+@overload
+def reward_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    reduce: str,
+    coef: float | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def reward_heads(
