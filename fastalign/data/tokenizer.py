@@ -12,8 +12,8 @@ EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 
 # Roles are plain text, as in the built-in task and in HH's dialogues. The space belongs to the
-# answer: byte-level BPE keeps it with the word that follows. Line breaks are inside the expressions,
-# because templates are rendered with the first line break after a block taken away.
+# answer: byte-level BPE keeps it with the word that follows. Line breaks stand inside expressions,
+# because rendering takes away the first line break after a block.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% set role = {'user': 'Human'}.get(message['role'], message['role'] | capitalize) %}"
