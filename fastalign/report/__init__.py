@@ -1,0 +1,45 @@
+"""The report of a run: one self-contained HTML page, and the same numbers for the terminal.
+
+``write_report`` reads a run folder and writes ``report.html`` into it; ``headline`` and
+``before_after_table`` say the result in one sentence and in one table at the end of a training.
+Siblings: read.py (the folder), compare.py (before against after), plots.py (the figures), page.py
+(the HTML), style.py (its style sheet).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastalign.report.compare import before_after_table, headline
+from fastalign.report.read import ReportError
+
+__all__ = ["ReportError", "before_after_table", "headline", "write_report"]
+
+
+def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
+    """Writes one HTML file that tells the whole story of a run and needs nothing else: no network,
+    no script.
+
+    Args:
+        run_dir: a run folder (``metrics.jsonl`` and what lies beside it), or a folder of stages
+            with the subfolders ``sft/``, ``reward/`` and ``apa/`` (or another policy method's
+            name). What is missing or damaged is named in the report.
+        out: the file to write, or a folder for ``report.html``; default ``run_dir/report.html``.
+            It is replaced whole or not at all.
+
+    Returns:
+        The path of the file written.
+
+    Raises:
+        ReportError: the folder does not exist, or neither it nor a stage in it has a
+        ``metrics.jsonl``.
+    """
+    from fastalign.report.page import render, write_atomically  # matplotlib is paid for only here
+    from fastalign.report.read import read_folder
+
+    road = read_folder(Path(run_dir))
+    target = road.path / "report.html" if out is None else Path(out)
+    if target.is_dir():
+        target = target / "report.html"
+    write_atomically(target, render(road))
+    return target
