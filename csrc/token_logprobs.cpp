@@ -17,12 +17,12 @@ struct RowStats {
 };
 
 struct RowSettings {
-  float inverse_temperature;
+  float temperature, inverse_temperature;
   float softcap;  // 0: none
 };
 
 struct RowGradient {
-  float g, e, entropy, row_max, log_sum;
+  float g, e, logp, entropy, row_max, log_sum;
 };
 
 }  // namespace fastalign
@@ -50,7 +50,8 @@ struct Rows {
   float softcap;
 
   RowSettings settings(int64_t row) const {
-    return {1.0f / temperature[row * temperature_stride], softcap};
+    const float t = temperature[row * temperature_stride];
+    return {t, 1.0f / t, softcap};
   }
 };
 
@@ -129,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits_in
 }
 
 struct GradientInputs {
-  const float *grad_logp, *grad_entropy, *entropy, *row_max, *log_sum;
+  const float *grad_logp, *grad_entropy, *logp, *entropy, *row_max, *log_sum;
 };
 
 template <typename T>
@@ -142,7 +143,8 @@ void dlogits_of_rows(const Rows& rows, const GradientInputs& in, char* out, int6
         continue;
       }
       const RowGradient gradient{in.grad_logp[row], in.grad_entropy ? in.grad_entropy[row] : 0.0f,
-                                 in.entropy[row], in.row_max[row], in.log_sum[row]};
+                                 in.logp[row], in.entropy[row], in.row_max[row],
+                                 in.log_sum[row]};
       FASTALIGN_CALL(dlogits<T>, to, rows.logits + row * rows.stride, rows.vocab, rows.targets[row],
                      rows.settings(row), in.grad_entropy != nullptr, gradient);
     }
@@ -153,8 +155,8 @@ void dlogits_of_rows(const Rows& rows, const GradientInputs& in, char* out, int6
 // `out` may be `logits`; its rows are dense.
 void dlogits_cpu(Tensor out, const Tensor& grad_logp_in, const std::optional<Tensor>& grad_entropy_in,
                  const Tensor& logits_in, const Tensor& targets_in, const Tensor& temperature_in,
-                 double softcap, int64_t ignore_index, const Tensor& entropy_in,
-                 const Tensor& row_max_in, const Tensor& log_sum_in) {
+                 double softcap, int64_t ignore_index, const Tensor& logp_in,
+                 const Tensor& entropy_in, const Tensor& row_max_in, const Tensor& log_sum_in) {
   const Tensor logits = with_dense_rows(logits_in);
   const Tensor targets = torch::stable::contiguous(targets_in);
   const Tensor temperature = torch::stable::contiguous(temperature_in);
@@ -162,6 +164,7 @@ void dlogits_cpu(Tensor out, const Tensor& grad_logp_in, const std::optional<Ten
   const bool has_entropy = grad_entropy_in.has_value();
   const Tensor grad_entropy =
       torch::stable::contiguous(has_entropy ? *grad_entropy_in : grad_logp_in);
+  const Tensor logp = torch::stable::contiguous(logp_in);
   const Tensor entropy = torch::stable::contiguous(entropy_in);
   const Tensor row_max = torch::stable::contiguous(row_max_in);
   const Tensor log_sum = torch::stable::contiguous(log_sum_in);
@@ -169,7 +172,7 @@ void dlogits_cpu(Tensor out, const Tensor& grad_logp_in, const std::optional<Ten
   STD_TORCH_CHECK(out.stride(1) == 1 || rows.vocab == 1, "dlogits: expected out with dense rows");
   const auto floats = [](const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); };
   const GradientInputs in{floats(grad_logp), has_entropy ? floats(grad_entropy) : nullptr,
-                          floats(entropy), floats(row_max), floats(log_sum)};
+                          floats(logp), floats(entropy), floats(row_max), floats(log_sum)};
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t stride = out.stride(0) * static_cast<int64_t>(out.element_size());
   switch (logits.scalar_type()) {
@@ -195,7 +198,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign_cpp, m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "dlogits(Tensor(a!) out, Tensor grad_logp, Tensor? grad_entropy, Tensor logits, Tensor targets, "
-      "Tensor temperature, float softcap, int ignore_index, Tensor entropy, Tensor row_max, "
+      "Tensor temperature, float softcap, int ignore_index, Tensor logp, Tensor entropy, Tensor row_max, "
       "Tensor log_sum) -> ()");
 }
 

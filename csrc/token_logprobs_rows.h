@@ -53,7 +53,7 @@ void stats_of_row(const T* x, int64_t vocab, int64_t target, RowSettings setting
   }
   const float total = sum_of(sum);
   const float log_sum = std::log(total);
-  const float s = (capped_one(one(x + target), cap) - row_max) * settings.inverse_temperature;
+  const float s = (capped_one(one(x + target), cap) - row_max) / settings.temperature;
   *out = {s - log_sum, log_sum - sum_of(dot) / total, row_max, log_sum};
 }
 
@@ -85,10 +85,11 @@ void dlogits_of_row(T* out, const T* x, int64_t vocab, int64_t target, RowSettin
     store_some(out + whole, dlogits_lanes<kCap, kEntropy>(tail, settings, row, row.g), vocab - whole);
   }
   // The target's own column: g (1 - p) without cancellation, and the entropy's part as everywhere.
-  const float u = capped_one(at_target, kCap ? settings.softcap : 0.0f);
-  const float log_p = (u - row.row_max) * settings.inverse_temperature - row.log_sum;
-  float dz = row.g * -std::expm1(log_p) * settings.inverse_temperature;
-  if (kCap) dz *= 1.0f - (u / settings.softcap) * (u / settings.softcap);
+  float dz = row.g * -std::expm1(row.logp) * settings.inverse_temperature;
+  if (kCap) {
+    const float t = capped_one(at_target, settings.softcap) / settings.softcap;
+    dz *= 1.0f - t * t;
+  }
   if (kEntropy) dz += dlogits_lanes<kCap, true>(broadcast(at_target), settings, row, 0.0f)[0];
   store_some(out + target, broadcast(dz), 1);
 }

@@ -124,6 +124,7 @@ def linear_logprobs_backward(
     ignore_index: int,
     slab: int,
     logits: Tensor,
+    logp: Tensor,
     entropy: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
@@ -150,6 +151,7 @@ def linear_logprobs_backward(
             rows.take_temperature(temperature, start, stop),
             softcap,
             ignore_index,
+            rows.take(logp, start, stop),
             rows.take(entropy, start, stop),
             rows.take(row_max, start, stop),
             rows.take(log_sum, start, stop),
@@ -172,6 +174,7 @@ def _(
     ignore_index: int,
     slab: int,
     logits: Tensor,
+    logp: Tensor,
     entropy: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
@@ -187,9 +190,9 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, bias, temperature, *ctx.settings, _ = inputs
-    _, entropy, row_max, log_sum, logits = output
+    logp, entropy, row_max, log_sum, logits = output
     ctx.save_for_backward(
-        hidden, weight, targets, bias, temperature, logits, entropy, row_max, log_sum
+        hidden, weight, targets, bias, temperature, logits, logp, entropy, row_max, log_sum
     )
     ctx.mark_non_differentiable(row_max, log_sum, logits)
     ctx.set_materialize_grads(False)

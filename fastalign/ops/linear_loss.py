@@ -207,11 +207,11 @@ class _Run:
         self, z: Tensor, h: Tensor, g: Tensor, e: Tensor | None, start: int, stop: int
     ) -> None:
         """dlogits in place of the logits, then the two products."""
-        _, entropy, row_max, log_sum = self.stats[:, start:stop]
+        stats = self.stats[:, start:stop]
         targets = self.rows.take(self.call.targets, start, stop)
         temperature = self.rows.take_temperature(self.call.temperature, start, stop)
         settings = (self.call.softcap, self.call.ignore_index)
-        dlogits_out(z, g, e, z, targets, temperature, *settings, entropy, row_max, log_sum)
+        dlogits_out(z, g, e, z, targets, temperature, *settings, *stats)
         self.grads.add(z, h, start, stop)
 
     def evaluate(
@@ -416,8 +416,10 @@ def linear_loss(
         metrics={},
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        out = _LinearLoss.apply(call, hidden, weight, bias, *(inputs[name] for name in learned))
-    return LossOutput(*out, call.metrics)
+        loss_value, logp, entropy = _LinearLoss.apply(
+            call, hidden, weight, bias, *(inputs[name] for name in learned)
+        )
+    return LossOutput(loss_value, logp, entropy, call.metrics)
 
 
 def _check_inputs(inputs: dict[str, Any], hidden: Tensor, groups: Tensor | None) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
-# Stands for "no row is ignored" where an op wants an integer: no target is ever this small.
-IGNORE_NOTHING = -(1 << 62)
+# Stands for "no row is ignored" where an op wants an integer (32 bits, as -100): no target is this
+# small.
+IGNORE_NOTHING = -(1 << 31)
 
 
 class Rows:

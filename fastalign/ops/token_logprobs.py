@@ -85,6 +85,7 @@ def dlogits_reference(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    logp: Tensor,
     entropy: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
@@ -98,7 +99,7 @@ def dlogits_reference(
     p = log_p.exp()
     at_target = targets.masked_fill(~kept, 0)[:, None]
     # 1 - p without cancellation for the token the model is sure of.
-    onehot_minus_p = (-p).scatter(-1, at_target, -torch.expm1(log_p.gather(-1, at_target)))
+    onehot_minus_p = (-p).scatter(-1, at_target, -torch.expm1(logp)[:, None])
     dz = grad_logp[:, None] * onehot_minus_p
     if grad_entropy is not None:
         dz = dz - grad_entropy[:, None] * p * (log_p.masked_fill(p == 0, 0.0) + entropy[:, None])
@@ -142,6 +143,7 @@ def dlogits_out(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    logp: Tensor,
     entropy: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
@@ -155,6 +157,7 @@ def dlogits_out(
         temperature,
         softcap,
         ignore_index,
+        logp,
         entropy,
         row_max,
         log_sum,
@@ -179,6 +182,7 @@ def dlogits(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    logp: Tensor,
     entropy: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
@@ -193,6 +197,7 @@ def dlogits(
         temperature,
         softcap,
         ignore_index,
+        logp,
         entropy,
         row_max,
         log_sum,
@@ -209,6 +214,7 @@ def _(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    logp: Tensor,
     entropy: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
@@ -218,14 +224,14 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, temperature, ctx.softcap, ctx.ignore_index = inputs
-    _, entropy, row_max, log_sum = output
-    ctx.save_for_backward(logits, targets, temperature, entropy, row_max, log_sum)
+    _, _, row_max, log_sum = output
+    ctx.save_for_backward(logits, targets, temperature, *output)
     ctx.mark_non_differentiable(row_max, log_sum)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> Any:
-    logits, targets, temperature, entropy, row_max, log_sum = ctx.saved_tensors
+    logits, targets, temperature, logp, entropy, row_max, log_sum = ctx.saved_tensors
     if grad_logp is None:
         grad_logp = torch.zeros_like(entropy)
     dx = dlogits(
@@ -236,6 +242,7 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
         temperature,
         ctx.softcap,
         ctx.ignore_index,
+        logp,
         entropy,
         row_max,
         log_sum,
