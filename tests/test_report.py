@@ -237,18 +237,18 @@ POLICY_PLOTS = ("reward-kl", "reward-vs-kl", "disagreement", "collapse", "losses
 def test_headline_that_rose() -> None:
     """d = 1.842 - 0.412 = 1.430; se = sqrt(.03^2 + .04^2) = .05, 1.96 se = .098; d / 1.1 = 1.30."""
     assert headline(EVALUATION) == (
-        "Gold reward rose from 0.412 to 1.842 (+1.430 ± 0.098 at 95 %, +1.30 SD of the SFT model's"
+        "Gold reward rose from 0.412 to 1.842 (+1.430 ± 0.098 at 95%, +1.30 SD of the SFT model's"
         " rewards) at 8.41 nats per response of KL from the SFT model."
     )
 
 
 def test_headline_that_fell_names_the_proxy() -> None:
-    """d = 0.082 - 0.412 = -0.330, 0.098 at 95 %, -0.33 / 1.1 = -0.30 SD; the proxy rose by 2.26."""
+    """d = 0.082 - 0.412 = -0.330, 0.098 at 95%, -0.33 / 1.1 = -0.30 SD; the proxy rose by 2.26."""
     words = headline(changed(reward_gold=0.082))
     assert words.startswith(
-        "Gold reward fell from 0.412 to 0.082 (−0.330 ± 0.098 at 95 %, −0.30 SD of"
+        "Gold reward fell from 0.412 to 0.082 (−0.330 ± 0.098 at 95%, −0.30 SD of"
     )
-    assert "The proxy reward rose from 0.050 to 2.310 (+2.260 ± 0.077 at 95 %, +2.26 SD" in words
+    assert "The proxy reward rose from 0.050 to 2.310 (+2.260 ± 0.077 at 95%, +2.26 SD" in words
     assert words.endswith("the policy pleased the reward model at the expense of the goal.")
 
 
@@ -262,14 +262,14 @@ def test_headline_within_noise(gold: float, noise: bool) -> None:
 
 def test_headline_without_gold_uses_held_out_then_proxy() -> None:
     proxy_only = headline(without_gold())
-    assert proxy_only.startswith("Proxy reward rose from 0.050 to 2.310 (+2.260 ± 0.077 at 95 %")
+    assert proxy_only.startswith("Proxy reward rose from 0.050 to 2.310 (+2.260 ± 0.077 at 95%")
     assert proxy_only.endswith("this is the reward the policy was trained on.")
     held = without_gold()
     for side, value in (("before", 1.0), ("after", 1.6)):
         extra = {"reward/held_out": value, "reward/held_out_std": 2.0, "n": 400}
         held[side] = {**held[side], **extra}  # no stderr: 2 / sqrt(400) = 0.1, 1.96 x .141 = .28
     assert headline(held).startswith(
-        "Held-out reward rose from 1.00 to 1.60 (+0.60 ± 0.28 at 95 %, +0.30 SD of"
+        "Held-out reward rose from 1.00 to 1.60 (+0.60 ± 0.28 at 95%, +0.30 SD of"
     )
 
 
@@ -359,7 +359,7 @@ def test_road(road: Path) -> None:
     ]
     assert sorted(order, key=page.ids.index) == order
     for words in (
-        "Held-out accuracy 79.7 ± 2.4 % (95 % interval), 3 heads",
+        "Held-out accuracy 79.7 ± 2.4% (95% interval), 3 heads",
         "fastalign quickstart --seed 0",
         "reward_statistic: min",
         "reward, head_seed",

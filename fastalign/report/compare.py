@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
+Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 
 # The order in which a reward is trusted: the true one, one never trained on, the one trained on.
 REWARDS = (
@@ -291,7 +291,7 @@ def _moved(row: Row) -> str:
         verb = (
             row.verdict if row.verdict != "within noise" else "did not change beyond noise: it went"
         )
-        margin = f"{number(row.change, error, sign=True)} ± {number(Z95 * error, error)} at 95 %"
+        margin = f"{number(row.change, error, sign=True)} ± {number(Z95 * error, error)} at 95%"
         inside = [margin, effect]
     return f"{verb} from {before} to {after} ({', '.join(part for part in inside if part)})"
 

@@ -157,9 +157,11 @@ def finish(
     """The step axis, and each line's name at its end, pushed apart where ends are close."""
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.margins(x=0.01)
+    if np.ptp(axis.dataLim.intervalx) == 0:  # one step: no fractions of a step around it
+        axis.set_xlim(axis.dataLim.x0 - 1, axis.dataLim.x0 + 1)
     low, high = axis.get_ylim()
     axis.set_ylim(low, high)
-    axis.margins(x=0.01)
     order = sorted(range(len(ends)), key=lambda at: ends[at][1])
     height = axis.get_window_extent().height * 0.8 or 200.0  # the layout takes the rest
     gap = 15.0 / height * (high - low)
@@ -205,7 +207,7 @@ def draw_stack(axis: Axes, run: Run, phases: list[Line]) -> None:
 
 
 def draw_evaluation(axis: Axes, evaluation: dict[str, Any] | None, key: str) -> None:
-    """The evaluation before (at KL 0 unless recorded) and after, with 95 % intervals on both
+    """The evaluation before (at KL 0 unless recorded) and after, with 95% intervals on both
     axes."""
     if evaluation is None:
         return

@@ -114,7 +114,7 @@ def _opening(road: Road) -> list[str]:
         half = road.reward.lines["eval"][int(steps[-1])].get("accuracy/ci95")
         margin = "" if half is None else f" ± {number(100 * half, 100 * half)}"
         share = number(100 * accuracy[-1], 1.0)
-        return [f"The reward model ranks {share}{margin} % of held-out pairs correctly."]
+        return [f"The reward model ranks {share}{margin}% of held-out pairs correctly."]
     assert road.sft is not None
     steps, values = road.sft.finite("loss", "eval")
     if not steps.size:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
@@ -31,6 +33,8 @@ from fastalign.report.figure import (
 from fastalign.report.read import Run
 from fastalign.report.style import AMBER, BLUE, GREEN, INK, MUTED, PURPLE, RED
 
+# Viridis without its palest tenth, which vanishes on white.
+STEPS = ListedColormap(colormaps["viridis_r"](np.linspace(0.1, 1, 200)))
 PERPLEXITIES = [digit * 10**power for power in range(7) for digit in (1, 2, 3, 5, 7)]
 
 
@@ -72,23 +76,24 @@ def reward_against_kl(run: Run, evaluation: dict[str, Any] | None) -> Plot:
             common, here, there = np.intersect1d(steps, kl_steps, return_indices=True)
             at, x = thin(common, kl[there])
             _, y = thin(common, values[here])
-            points = axis.scatter(x, y, c=at, cmap="viridis_r", s=15, linewidths=0, alpha=0.9)
+            points = axis.scatter(x, y, c=at, cmap=STEPS, s=15, linewidths=0, alpha=0.9)
             draw_evaluation(axis, evaluation, line.key)
             axis.set_title(f"{line.label.capitalize()} reward")
             axis.set_xlabel("KL to SFT (k1), nats / response")
             axis.set_ylabel("reward, mean over samples")
             axis.margins(0.06)
-        bar = figure.colorbar(points, ax=axes, pad=0.015, aspect=26)
-        bar.set_label("step")
-        bar.outline.set_visible(False)  # type: ignore[operator]
-        assert bar.solids is not None
-        bar.solids.set(rasterized=False, edgecolor="face")  # a raster would need an address
-        bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if np.ptp(kl_steps) > 0:
+            bar = figure.colorbar(points, ax=axes, pad=0.015, aspect=26)
+            bar.set_label("step")
+            bar.outline.set_visible(False)  # type: ignore[operator]
+            assert bar.solids is not None
+            bar.solids.set(rasterized=False, edgecolor="face")  # a raster would need an address
+            bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         return figure
 
     words = "<b>Reward against KL.</b> One point a step, coloured by step."
     if evaluation is not None:
-        words += " Rings: the evaluation before and after, with 95 % intervals."
+        words += " Rings: the evaluation before and after, with 95% intervals."
     return plot("reward-vs-kl", words, draw, lines, "kl/k1 with reward/proxy or reward/gold")
 
 
@@ -177,7 +182,7 @@ def time_per_phase(run: Run) -> Plot:
 
 
 def reward_accuracy(run: Run) -> Plot:
-    """Accuracy of each head at the last evaluation that has it, with 95 % intervals."""
+    """Accuracy of each head at the last evaluation that has it, with 95% intervals."""
     rows = [
         row
         for row in run.lines.get("eval", {}).values()
@@ -215,9 +220,9 @@ def reward_accuracy(run: Run) -> Plot:
         axes[0].set_xlabel("accuracy on held-out pairs, fraction")
         return figure
 
-    words = (
-        "<b>Which of two answers is better?</b> Last evaluation, 95 % intervals; dotted: a coin."
-    )
+    words = "<b>Which of two answers is better?</b> Last evaluation; dotted: a coin."
+    if np.isfinite(half):
+        words += " 95% intervals; a head's is the ensemble's, scaled to the head's own accuracy."
     return plot("reward-accuracy", words, draw, rows, "accuracy in a line of phase eval", HALF)
 
 
@@ -291,6 +296,12 @@ def _train_and_held_out(
     return plot(id, words + smoothing(run), draw, [train, held] if train or held else [], "loss")
 
 
+def _power_of_ten(value: float, _: float | None = None) -> str:
+    """2.5e-05 as "2.5e−5"."""
+    digits, power = f"{value:.1e}".split("e")
+    return f"{float(digits):g}e{int(power)}".replace("-", "−") if value else "0"
+
+
 def _log(values: Any) -> Any:
     return np.log(np.maximum(values, 1e-30))
 
@@ -312,9 +323,7 @@ def _small_multiples(
             draw_lines(axis, run, [line], unit)
             axis.set_title(title)
             if line.key == "lr":
-                axis.yaxis.set_major_formatter(
-                    lambda value, _: f"{value:.1e}".replace(".0e-0", "e−")
-                )
+                axis.yaxis.set_major_formatter(_power_of_ten)
             level = (before or {}).get(line.key)
             if isinstance(level, int | float) and np.isfinite(level):
                 axis.axhline(level, color=MUTED, lw=1, ls="--")

@@ -54,7 +54,7 @@ def reward_section(run: Run) -> str:
         half, spread = last.get("accuracy/ci95"), last.get("disagreement")
         heads = len(run.head_keys("accuracy/head_", "eval"))
         shown = with_error(100 * accuracy[-1], None if half is None else 100 * half)
-        parts = [f"Held-out accuracy {shown} %" + ("" if half is None else " (95 % interval)")]
+        parts = [f"Held-out accuracy {shown}%" + ("" if half is None else " (95% interval)")]
         if heads:
             parts.append(f"{heads} head{'s' if heads > 1 else ''}")
         if spread is not None:
@@ -104,8 +104,8 @@ def _table(evaluation: dict[str, Any], method: str) -> str:
     body = "".join(f"{opened[row.key == lead]}{_cells(row)}</tr>" for row in rows)
     return (
         f'<p class="lede">{safe(caption(evaluation))}. ± is one standard error; “within noise”'
-        ' means less than 1.96 of them.</p><div class="scroll"><table><thead><tr><th>Measure</th>'
-        f'<th>Unit</th>{numbers}<th class="n">In SD of SFT</th><th></th></tr></thead>'
+        ' means less than 1.96 of them.</p><div class="scroll"><table class="numbers"><thead><tr>'
+        f'<th>Measure</th><th>Unit</th>{numbers}<th class="n">In SD of SFT</th><th></th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

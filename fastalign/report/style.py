@@ -77,6 +77,7 @@ td.se { color: var(--muted); padding-left: 0; text-align: left; white-space: now
 td.main, th.main { padding-right: 5px; }
 tr.lead td { font-weight: 600; }
 tr.lead td small, tr.lead td.se, tr.lead td.unit { font-weight: 400; }
+table.numbers td:first-child { min-width: 210px; }
 td.unit, td.quiet { color: var(--muted); white-space: nowrap; }
 td.verdict { text-align: right; }
 td.look { color: var(--warn); font-weight: 600; white-space: nowrap; }
@@ -86,7 +87,7 @@ figure svg text { font-family: var(--sans) !important; font-variant-numeric: tab
 figcaption { margin-top: 4px; max-width: 66em; }
 figcaption b { color: var(--ink); font-weight: 600; }
 .missing { border: 1px dashed #C9CFD6; border-radius: 6px; padding: 12px 16px; color: var(--muted);
-  font-size: 13.5px; margin: 16px 0; }
+  font-size: 13.5px; margin: 16px 0; max-width: none; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 28px; }
 .sample { margin: 18px 0 0; border: 1px solid var(--rule); border-radius: 6px; break-inside: avoid;
   }
