@@ -105,8 +105,8 @@ def _table(evaluation: dict[str, Any], method: str) -> str:
     return (
         f'<p class="lede">{safe(caption(evaluation))}. ± is one standard error; “within noise”'
         ' means less than 1.96 of them.</p><div class="scroll"><table class="numbers"><thead><tr>'
-        f'<th>Measure</th><th>Unit</th>{numbers}<th class="n">In SD of SFT</th><th></th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<th>Measure</th><th>Unit</th>{numbers}<th class="n">In SD of SFT</th><th></th>'
+        f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
