@@ -1,0 +1,403 @@
+"""GAE: hand-worked rows, published vectors, kernels against float64, packed against padded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastalign as fa
+from fastalign.ops.gae import gae, gae_reference
+from fastalign.testing import assert_no_worse
+
+CUDA = torch.cuda.is_available()
+BACKENDS = ["reference", "cpp", "triton"]
+
+SHAPES = [
+    (1, 1),  # one token: no successor at all
+    (5, 7),  # shorter than any block
+    (3, 1024),  # exactly one block of the Triton kernel
+    (2, 1025),  # one token past a block: the carry holds a single token's map
+    (2, 2500),  # several blocks, the last one ragged
+    (9, 3),  # more rows than steps
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and CUDA else "cpu"
+
+
+def make_inputs(
+    rows: int, steps: int, dtype: torch.dtype, device: str, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rewards, values, a mask in runs (turns of a dialogue) and bootstrap values."""
+    random = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(rows, steps, generator=random)
+    values = 2.0 + torch.randn(rows, steps, generator=random)
+    turns = torch.rand(rows, steps // 16 + 1, generator=random) < 0.6
+    mask = turns.repeat_interleave(16, dim=1)[:, :steps]
+    bootstrap = torch.randn(rows, generator=random)
+    return (
+        rewards.to(device, dtype),
+        values.to(device, dtype),
+        mask.to(device),
+        bootstrap.to(device),
+    )
+
+
+def to_double(kwargs: dict) -> dict:
+    return {
+        key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for key, x in kwargs.items()
+    }
+
+
+def eager_in_dtype(rewards: Tensor, values: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    """The reference as the eager computation of the same dtype (its carry is float32)."""
+    with fa.backend("reference"):
+        return gae(rewards, values, **kwargs)
+
+
+def check(backend: str, rewards: Tensor, values: Tensor, **kwargs) -> None:
+    truth = gae(rewards.double(), values.double(), **to_double(kwargs))
+    eager = eager_in_dtype(rewards, values, **kwargs)
+    with fa.backend(backend):
+        got = gae(rewards, values, **kwargs)
+    for one, same, true in zip(got, eager, truth, strict=True):
+        assert one.dtype == torch.float32 and one.is_contiguous()
+        assert_no_worse(one, same, true, rewards.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_kernel_is_no_worse_than_eager(
+    backend: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    rewards, values, mask, bootstrap = make_inputs(*shape, dtype, device_of(backend))
+    check(backend, rewards, values, mask=mask, bootstrap=bootstrap, gamma=0.99, lam=0.95)
+
+
+def test_cpp_threads() -> None:
+    """Enough tokens for several tasks, of rows that differ in length."""
+    rewards, values, mask, bootstrap = make_inputs(40, 2049, torch.float32, "cpu")
+    check("cpp", rewards, values, mask=mask, bootstrap=bootstrap)
+    flat, offsets = rewards.flatten(), torch.tensor([0, 70_000, 70_001, 81_960])
+    check("cpp", flat, values.flatten(), mask=mask.flatten(), cu_seqlens=offsets)
+
+
+def test_triton_splits_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 tokens in chunks of 32, whose maps are composed four at a time; ragged ends.
+
+    gamma = .99 and lam = 1 keep far chunks in play: .99^32 = .72.
+    """
+    from fastalign.kernels import gae as kernels
+
+    for name, size in [("BLOCK_T", 16), ("CHUNK", 32), ("BLOCK_CHUNKS", 4)]:
+        monkeypatch.setattr(kernels, name, size)
+    device = device_of("triton")
+    rewards, values, mask, bootstrap = make_inputs(2, 301, torch.float32, device)
+    check("triton", rewards, values, gamma=0.99, lam=1.0)
+    check("triton", rewards, values, mask=mask, bootstrap=bootstrap, gamma=0.99, lam=1.0)
+    check(
+        "triton",
+        rewards.flatten(),
+        values.flatten(),
+        mask=mask.flatten(),
+        cu_seqlens=torch.tensor([0, 409, 409, 410, 602], device=device),
+        bootstrap=bootstrap.repeat(2),
+        gamma=torch.tensor([0.99, 0.5, 0.5, 1.0], device=device),
+        lam=1.0,
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize(
+    "features", [(), ("mask",), ("bootstrap",), ("gamma",), ("lam",), ("mask", "gamma", "lam")]
+)
+def test_feature_sets(backend: str, features: tuple[str, ...]) -> None:
+    device = device_of(backend)
+    rewards, values, mask, bootstrap = make_inputs(3, 37, torch.float32, device)
+    offered = {
+        "mask": mask,
+        "bootstrap": bootstrap,
+        "gamma": torch.tensor([1.0, 0.9, 0.0], device=device),
+        "lam": torch.tensor([0.0, 0.5, 1.0], device=device),
+    }
+    check(backend, rewards, values, **{name: offered[name] for name in features})
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_ends_of_the_rates(backend: str, gamma: float, lam: float) -> None:
+    rewards, values, mask, bootstrap = make_inputs(2, 40, torch.float32, device_of(backend))
+    check(backend, rewards, values, mask=mask, bootstrap=bootstrap, gamma=gamma, lam=lam)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_worked_by_hand(backend: str) -> None:
+    """gamma = 1/2, lam = 1/2, r = (1, 2, 4), V = (2, 4, 8), bootstrap 16; every number is exact.
+
+    delta_3 = 4 + 16/2 - 8 = 4      A_3 = 4
+    delta_2 = 2 +  8/2 - 4 = 2      A_2 = 2 + 4/4 = 3
+    delta_1 = 1 +  4/2 - 2 = 1      A_1 = 1 + 3/4 = 1.75
+    R = A + V = (3.75, 7, 12)
+
+    With the middle token masked: delta_1 = 1 + 8/2 - 2 = 3 (the value of token 3), A_1 = 3 + 4/4
+    = 4 (one decay, not two), R_1 = 6.
+    """
+    device = device_of(backend)
+    rewards = torch.tensor([[1.0, 2.0, 4.0]], device=device)
+    values = torch.tensor([[2.0, 4.0, 8.0]], device=device)
+    last = torch.tensor([16.0], device=device)
+    with fa.backend(backend):
+        advantages, returns = gae(rewards, values, gamma=0.5, lam=0.5, bootstrap=last)
+        assert advantages.tolist() == [[1.75, 3.0, 4.0]]
+        assert returns.tolist() == [[3.75, 7.0, 12.0]]
+        mask = torch.tensor([[1, 0, 1]], device=device)
+        advantages, returns = gae(rewards, values, gamma=0.5, lam=0.5, bootstrap=last, mask=mask)
+        assert advantages.tolist() == [[4.0, 0.0, 4.0]]
+        assert returns.tolist() == [[6.0, 0.0, 12.0]]
+
+
+def test_published_batch() -> None:
+    """gamma = 1, lam = 0.95. Row 1: A_3 = 1 - .3 = .7; A_2 = .3 - .2 + .95 (.7) = .765;
+    A_1 = .2 - .1 + .95 (.765) = .82675. Row 2, whose third token is padding: A_2 = -.5 + .1 = -.4;
+    A_1 = -.1 - 0 + .95 (-.4) = -.48.
+    """
+    rewards = torch.tensor([[0, 0, 1], [0, -0.5, 0]], dtype=torch.float64)
+    values = torch.tensor([[0.1, 0.2, 0.3], [0, -0.1, 0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool)
+    advantages, returns = gae(rewards, values, mask=mask)
+    assert advantages.dtype == torch.float64
+    assert [[round(x, 12) for x in row] for row in advantages.tolist()] == [
+        [0.82675, 0.765, 0.7],
+        [-0.48, -0.4, 0.0],
+    ]
+    assert [[round(x, 12) for x in row] for row in returns.tolist()] == [
+        [0.92675, 0.965, 1.0],
+        [-0.48, -0.5, 0.0],
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_tokens_do_not_exist(backend: str) -> None:
+    """Dropping the masked tokens and packing the others gives the same numbers, bit for bit."""
+    device = device_of(backend)
+    rewards, values, mask, bootstrap = make_inputs(4, 50, torch.float32, device)
+    lengths = mask.sum(1)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    with fa.backend(backend):
+        padded = gae(rewards, values, mask=mask, bootstrap=bootstrap, gamma=0.9)
+        packed = gae(
+            rewards[mask], values[mask], cu_seqlens=offsets, bootstrap=bootstrap, gamma=0.9
+        )
+    for full, dense in zip(padded, packed, strict=True):
+        assert full[~mask].tolist() == [0.0] * int((~mask).sum())
+        if backend == "triton":
+            # The scan groups the same products differently where masked tokens lie between.
+            truth = dense.double()
+            assert_no_worse(full[mask], dense, truth, torch.float32)
+        else:
+            assert torch.equal(full[mask], dense)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_equals_padded(backend: str) -> None:
+    """Sequences of lengths 5, 0, 1 and 33: the same bits as one row each."""
+    device = device_of(backend)
+    lengths = [5, 0, 1, 33]
+    rewards, values, mask, bootstrap = make_inputs(4, 33, torch.float32, device)
+    inside = torch.arange(33, device=device) < torch.tensor(lengths, device=device)[:, None]
+    offsets = torch.tensor([0, 5, 5, 6, 39], dtype=torch.int32, device=device)
+    rates = torch.tensor([0.5, 0.6, 0.7, 0.8], device=device)
+    with fa.backend(backend):
+        packed = gae(
+            rewards[inside],
+            values[inside],
+            mask=mask[inside],
+            cu_seqlens=offsets,
+            bootstrap=bootstrap,
+            lam=rates,
+        )
+        for row, length in enumerate(lengths):
+            one = slice(row, row + 1)
+            alone = gae(
+                rewards[one, :length],
+                values[one, :length],
+                mask=mask[one, :length],
+                bootstrap=bootstrap[one],
+                lam=rates[one],
+            )
+            begin = int(offsets[row])
+            for flat, single in zip(packed, alone, strict=True):
+                assert torch.equal(flat[begin : begin + length], single[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_masked_cells_does_not_leak(backend: str) -> None:
+    device = device_of(backend)
+    rewards, values, mask, bootstrap = make_inputs(3, 40, torch.float32, device)
+    mask[1] = False  # a row with nothing kept
+    bootstrap[1] = float("nan")
+    dirty_rewards = rewards.masked_fill(~mask, float("nan"))
+    dirty_values = values.masked_fill(~mask, float("nan"))
+    with fa.backend(backend):
+        clean = gae(rewards, values, mask=mask, bootstrap=bootstrap.nan_to_num())
+        dirty = gae(dirty_rewards, dirty_values, mask=mask, bootstrap=bootstrap)
+    for one, other in zip(clean, dirty, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs(backend: str) -> None:
+    """A transposed view, every second column, and a mask expanded from one row."""
+    device = device_of(backend)
+    rewards, values, mask, _ = make_inputs(6, 40, torch.float32, device)
+    wide = torch.stack([rewards, values], dim=2).flatten(1)
+    with fa.backend(backend):
+        plain = gae(rewards, values, mask=mask[:1].repeat(6, 1))
+        views = gae(rewards.t().contiguous().t(), wide[:, 1::2], mask=mask[:1].expand(6, 40))
+    for one, other in zip(plain, views, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offset_views(backend: str) -> None:
+    """Storage offsets that are no multiple of 16 bytes."""
+    device = device_of(backend)
+    rewards, values, _, _ = make_inputs(1, 41, torch.float32, device)
+    offsets = torch.tensor([0, 40], dtype=torch.int32, device=device)
+    with fa.backend(backend):
+        views = gae(rewards[0, 1:], values[0, 1:], cu_seqlens=offsets)
+        copies = gae(rewards[0, 1:].clone(), values[0, 1:].clone(), cu_seqlens=offsets)
+    for one, other in zip(views, copies, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend: str) -> None:
+    device = device_of(backend)
+    with fa.backend(backend):
+        for shape in [(0, 5), (3, 0), (0, 0)]:
+            empty = torch.empty(shape, device=device)
+            advantages, returns = gae(empty, empty, bootstrap=torch.zeros(shape[0], device=device))
+            assert advantages.shape == returns.shape == shape
+        for offsets in [[0], [0, 0, 0]]:
+            none = torch.empty(0, device=device)
+            cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+            advantages, returns = gae(none, none, cu_seqlens=cu_seqlens)
+            assert advantages.shape == returns.shape == (0,)
+
+
+def test_long_row() -> None:
+    """gamma = lam = 1, V = 0, r = 1: the advantage is the number of tokens left, exactly."""
+    steps = 70_001
+    rewards = torch.ones(1, steps)
+    with fa.backend("cpp"):
+        advantages, returns = gae(rewards, torch.zeros(1, steps), lam=1.0)
+    assert torch.equal(advantages, torch.arange(steps, 0, -1.0)[None])
+    assert torch.equal(returns, advantages)
+
+
+def test_large_values_cancel() -> None:
+    """V = 1e4 everywhere, r = 0 and the bootstrap equal to V: nothing was better than expected."""
+    values = torch.full((2, 300), 1e4)
+    for backend in ("reference", "cpp"):
+        with fa.backend(backend):
+            advantages, returns = gae(
+                torch.zeros_like(values), values, bootstrap=torch.full((2,), 1e4)
+            )
+        assert torch.equal(advantages, torch.zeros_like(values))
+        assert torch.equal(returns, values)
+
+
+def test_mixed_dtypes_take_the_wider() -> None:
+    rewards, values, _, _ = make_inputs(2, 9, torch.float32, "cpu")
+    mixed = gae(rewards, values.bfloat16())
+    wide = gae(rewards, values.bfloat16().float())
+    assert all(torch.equal(one, other) for one, other in zip(mixed, wide, strict=True))
+    assert gae(rewards, values.double())[0].dtype == torch.float64
+
+
+def test_no_gradient_flows() -> None:
+    rewards = torch.ones(1, 3, requires_grad=True)
+    values = torch.ones(1, 3, requires_grad=True)
+    advantages, returns = gae(rewards, values)
+    assert not advantages.requires_grad and not returns.requires_grad
+
+
+def test_opcheck() -> None:
+    rewards, values, mask, bootstrap = make_inputs(2, 6, torch.float32, "cpu")
+    offsets = torch.tensor([0, 5, 12], dtype=torch.int32)
+    rates = torch.full((2, 2), 0.9)
+    op = torch.ops.fastalign.gae.default
+    torch.library.opcheck(op, (rewards, values, 0.9, 0.95, mask, None, bootstrap, None))
+    flat = (rewards.flatten(), values.flatten(), 1.0, 1.0, None, offsets, bootstrap, rates)
+    torch.library.opcheck(op, flat)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    rewards, values, mask, bootstrap = make_inputs(3, 20, torch.float32, "cpu")
+    offsets = torch.tensor([0, 20, 45, 60], dtype=torch.int32)
+
+    def both(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor):
+        padded = gae(rewards, values, mask=mask, bootstrap=bootstrap)
+        packed = gae(rewards.flatten(), values.flatten(), cu_seqlens=offsets, bootstrap=bootstrap)
+        return padded + packed
+
+    inputs = (rewards, values, mask, bootstrap)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(*inputs)
+    for one, other in zip(compiled, both(*inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_reference_is_the_default_for_double() -> None:
+    rewards, values, mask, bootstrap = make_inputs(2, 11, torch.float64, "cpu")
+    direct = gae_reference(rewards, values, 1.0, 0.95, mask, None, bootstrap.double())
+    public = gae(rewards, values, mask=mask, bootstrap=bootstrap)
+    assert all(torch.equal(one, other) for one, other in zip(direct, public, strict=True))
+
+
+ROW, FLAT = torch.zeros(2, 3), torch.zeros(6)
+OFFSETS = torch.tensor([0, 3, 6], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, message",
+    [
+        ((FLAT, FLAT), {}, r"gae: expected rewards \[B, T\] without cu_seqlens, got shape \(6,\)"),
+        ((ROW, ROW), {"cu_seqlens": OFFSETS}, r"rewards \[N\] with cu_seqlens, got shape \(2, 3\)"),
+        ((ROW, torch.zeros(3, 2)), {}, r"values of the shape of rewards, \(2, 3\), got \(3, 2\)"),
+        ((ROW, ROW), {"mask": torch.ones(2, 2).bool()}, r"mask of the shape.*got \(2, 2\)"),
+        ((ROW, ROW), {"mask": ROW}, "bool or integer mask, got torch.float32"),
+        ((ROW.long(), ROW), {}, "rewards of a floating dtype, got torch.int64"),
+        ((ROW, ROW), {"bootstrap": torch.zeros(3)}, r"bootstrap of shape \(2,\).*got \(3,\)"),
+        ((ROW, ROW), {"lam": torch.zeros(2, 1)}, r"lam of shape \(2,\).*got \(2, 1\)"),
+        ((ROW, ROW), {"gamma": 1.5}, r"gamma in \[0, 1\], got 1.5"),
+        ((ROW, ROW), {"lam": float("nan")}, r"lam in \[0, 1\], got nan"),
+        ((FLAT, FLAT), {"cu_seqlens": OFFSETS.float()}, "int32 or int64 cu_seqlens, got"),
+        ((FLAT, FLAT), {"cu_seqlens": OFFSETS[None]}, r"cu_seqlens \[S \+ 1\], got shape \(1, 3\)"),
+        ((FLAT, FLAT), {"cu_seqlens": OFFSETS[:2]}, r"rise from 0 to N = 6, got \[0, 3\]"),
+        ((FLAT, FLAT), {"cu_seqlens": OFFSETS.flip(0)}, r"rise from 0 to N = 6, got \[6, 3, 0\]"),
+        ((ROW, ROW.to("meta")), {}, "values on the device of rewards, cpu, got meta"),
+    ],
+)
+def test_bad_input(args: tuple, kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gae(*args, **kwargs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(256, 1024), (16, 70_001), (1000, 333)], ids=str)
+def test_gpu_sizes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rewards, values, mask, bootstrap = make_inputs(*shape, dtype, "cuda")
+    check("triton", rewards, values, mask=mask, bootstrap=bootstrap, gamma=0.99)
+    offsets = torch.arange(shape[0] + 1, device="cuda", dtype=torch.int32) * shape[1]
+    with fa.backend("triton"):
+        packed = gae(rewards.flatten(), values.flatten(), cu_seqlens=offsets)
+        padded = gae(rewards, values)
+    for one, other in zip(packed, padded, strict=True):
+        assert torch.equal(one, other.flatten())
