@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--out", help="also write the rows to this CSV file")
     args = parser.parse_args()
-    found = []
+    found: list[dict] = []
     for rows, steps in SHAPES:
         for dtype in args.dtypes:
             for row in bench(rows, steps, getattr(torch, dtype), args.device, args.repeats):

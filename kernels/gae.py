@@ -21,7 +21,23 @@ BLOCK_T = 1024
 CHUNK = 4096  # tokens of one program when sequences are split
 BLOCK_CHUNKS = 128  # chunks whose maps are composed at once
 SPLIT_BELOW = 128  # sequences; from here on they fill a large GPU on their own
-NOT_SPECIALIZED = ["n_steps", "n_chunks"]
+# One compilation serves all sizes and alignments: sequences begin anywhere, so an aligned tensor
+# gains nothing.
+GENERIC = {
+    "do_not_specialize": ["n_steps", "n_chunks"],
+    "do_not_specialize_on_alignment": [
+        "rewards_ptr",
+        "values_ptr",
+        "mask_ptr",
+        "cu_seqlens_ptr",
+        "bootstrap_ptr",
+        "rates_ptr",
+        "scales_ptr",
+        "shifts_ptr",
+        "advantages_ptr",
+        "returns_ptr",
+    ],
+}
 
 
 @triton.jit
@@ -65,7 +81,7 @@ def _maps(rewards_ptr, values_ptr, t, kept, gamma, lam):
     return scale, shift
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@triton.jit(**GENERIC)
 def _gae_chunk_kernel(
     rewards_ptr,
     values_ptr,
@@ -107,7 +123,7 @@ def _gae_chunk_kernel(
     tl.store(shifts_ptr + row * n_chunks + chunk, total_shift)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@triton.jit(**GENERIC)
 def _gae_fwd_kernel(
     rewards_ptr,
     values_ptr,
