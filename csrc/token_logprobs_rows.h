@@ -84,7 +84,7 @@ void dlogits_of_row(T* out, const T* x, int64_t vocab, int64_t target, RowSettin
     const Lanes tail = load_some(x + whole, vocab - whole);
     store_some(out + whole, dlogits_lanes<kCap, kEntropy>(tail, settings, row, row.g), vocab - whole);
   }
-  // The target's own column: g (1 - p) without cancellation, and the entropy's part as everywhere.
+  // The target's own column: g (1 - p) from its logp, and the entropy's part as everywhere.
   float dz = row.g * -std::expm1(row.logp) * settings.inverse_temperature;
   if (kCap) {
     const float t = capped_one(at_target, settings.softcap) / settings.softcap;

@@ -86,12 +86,14 @@ def _row_stats_kernel(
         # do.
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         step = tl.where(m == float("-inf"), 0.0, (m - shift) * inverse_temperature)
+        decay = tl.exp(step)
+        dots = decay * (dots + step * sums)
+        sums *= decay
         s = (u - shift) * inverse_temperature
         s = tl.where(s < -200.0, -200.0, s)  # a finite s keeps 0 * s from being NaN; NaN stays
         e = tl.exp(s)
-        decay = tl.exp(step)
-        dots = decay * (dots + step * sums) + e * s
-        sums = decay * sums + e
+        sums += e
+        dots += e * s
         m = m_new
     total = tl.sum(sums, 0)
     log_sum = tl.log(total)

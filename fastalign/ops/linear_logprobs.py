@@ -19,7 +19,7 @@ token_logprobs' (csrc/token_logprobs.cpp, kernels/token_logprobs.py).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -228,6 +228,32 @@ torch.library.register_autograd(
 )
 
 
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int | None = ...,
+    return_entropy: Literal[False] = ...,
+    workspace: int | None = ...,
+) -> Tensor: ...
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int | None = ...,
+    return_entropy: Literal[True],
+    workspace: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,

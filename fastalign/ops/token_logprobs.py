@@ -23,7 +23,7 @@ tests/test_token_logprobs.py. Benchmark: benchmarks/bench_token_logprobs.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def dlogits_reference(
     log_p = (u - row_max[:, None]) / temperature[:, None] - log_sum[:, None]
     p = log_p.exp()
     at_target = targets.masked_fill(~kept, 0)[:, None]
-    # 1 - p without cancellation for the token the model is sure of.
+    # 1 - p of the target from its own logp: no second rounding, no cancellation.
     onehot_minus_p = (-p).scatter(-1, at_target, -torch.expm1(logp)[:, None])
     dz = grad_logp[:, None] * onehot_minus_p
     if grad_entropy is not None:
@@ -285,6 +285,24 @@ def temperature_tensor(
     return temperature.to(device=like.device, dtype=dtype).reshape(-1)
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,

@@ -1,0 +1,115 @@
+"""Compiles every Triton kernel for real GPUs, on a machine without one; prints a JSON report.
+
+    python tests/aot_compile.py sm_80 sm_90 sm_100
+
+Run in a process of its own, with Triton's interpreter off: see tests/test_aot.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+sys.path.insert(0, str(Path(__file__).parent))
+warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+Recorded = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+recorded: list[Recorded] = []
+
+
+def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Takes the place of JITFunction.run: remembers the launch instead of making it."""
+    recorded.append((self, args, kwargs))
+
+
+def specialisation(launch: Recorded, arch: int) -> tuple[Any, Any, Any]:
+    """(backend, bound arguments, what Triton specialises on) of one launch."""
+    kernel, args, kwargs = launch
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, special, _ = binder(*args, debug=False, **kwargs)
+    return backend, bound, special
+
+
+def compiled(launch: Recorded, arch: int) -> dict[str, Any]:
+    """Resource usage of one kernel on one architecture, by Triton's own ptxas and cuobjdump."""
+    kernel, _, kwargs = launch
+    backend, bound, special = specialisation(launch, arch)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        backend, {"debug": False, **kwargs}, bound, special, None
+    )
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    binary = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": options.num_warps}
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = binary.asm["ptx"]
+    return {
+        "kernel": kernel.fn.__name__,
+        "arch": f"sm_{arch}",
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"],
+        "local": numbers["LOCAL"],
+        "shared": binary.metadata.shared,
+        "warps": options.num_warps,
+        "widest_load": max(
+            [int(x) for x in re.findall(r"ld\.global[\w.:]*\.v(\d)\.b32", ptx)] + [1]
+        ),
+        "atomics": len(re.findall(r"\b(atom|red)\.", ptx)),
+    }
+
+
+def launches_of(launch: Any) -> list[Recorded]:
+    recorded.clear()
+    launch()
+    return list(recorded)
+
+
+def distinct(launches: Iterable[Any]) -> int:
+    """How many kernels Triton would compile for these launches."""
+    keys = set()
+    for launch in launches:
+        for one in launches_of(launch):
+            keys.add((one[0].fn.__name__, str(specialisation(one, 90)[2])))
+    return len(keys)
+
+
+def main() -> None:
+    JITFunction.run = record
+    import aot_launches
+
+    archs = [int(name.removeprefix("sm_")) for name in sys.argv[1:]]
+    report: dict[str, Any] = {"compiled": [], "kernels": []}
+    for name, launch in aot_launches.LAUNCHES.items():
+        for one in launches_of(launch):
+            for arch in archs:
+                report["compiled"].append({"launch": name, **compiled(one, arch)})
+    report["one model"] = distinct(aot_launches.shapes_of_one_model())
+    report["any vocabulary"] = distinct(aot_launches.any_vocabulary())
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

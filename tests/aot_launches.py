@@ -1,0 +1,73 @@
+"""Example launches of every Triton kernel, for compilation without a GPU (tests/test_aot.py).
+
+Each entry calls a launcher of kernels/*.py on small CPU tensors; nothing runs, the kernels and the
+arguments they are given are only recorded. A new kernel needs a launch here that reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from fastalign.kernels.gae import gae_fwd
+from fastalign.kernels.token_logprobs import dlogits_fwd, row_stats_fwd
+
+Launch = Callable[[], object]
+
+
+def row_kernels(
+    dtype: torch.dtype, vocab: int, n: int = 4, softcap: float = 0.0, entropy: bool = True
+) -> None:
+    logits = torch.empty(n, vocab, dtype=dtype)
+    targets = torch.zeros(n, dtype=torch.int64)
+    temperature = torch.ones(n if entropy else 1)
+    stats = row_stats_fwd(logits, targets, temperature, softcap, -100)
+    g = torch.ones(n)
+    e = g if entropy else None
+    dlogits_fwd(logits, g, e, logits, targets, temperature, softcap, -100, *stats)
+
+
+def gae(rows: int, steps: int, packed: bool = False, features: bool = False) -> None:
+    shape = (rows * steps,) if packed else (rows, steps)
+    rewards = torch.empty(shape, dtype=torch.bfloat16 if features else torch.float32)
+    mask = torch.ones(shape, dtype=torch.bool) if features else None
+    offsets = torch.arange(0, rows * steps + 1, steps, dtype=torch.int32) if packed else None
+    bootstrap = torch.zeros(rows) if features else None
+    rates = torch.ones(rows, 2) if features else None
+    gae_fwd(rewards, rewards, 1.0, 0.95, mask, offsets, bootstrap, rates)
+
+
+LAUNCHES: dict[str, Launch] = {
+    "rows bf16, V a multiple of 16, entropy": lambda: row_kernels(torch.bfloat16, 128_256),
+    "rows fp32, odd V, soft-cap": lambda: row_kernels(torch.float32, 50_257, softcap=30.0),
+    "rows fp16, no entropy": lambda: row_kernels(torch.float16, 32_000, entropy=False),
+    "gae": lambda: gae(64, 512),
+    "gae packed, all features": lambda: gae(64, 512, packed=True, features=True),
+    "gae, few long rows": lambda: gae(2, 100_000, features=True),
+}
+
+
+def shapes_of_one_model() -> Iterator[Launch]:
+    """50 numbers of tokens with one vocabulary, float and per-token temperatures, soft-caps: the
+    row kernels' arguments vary, what is compiled must not."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(50):
+        n = int(torch.randint(1, 3000, (), generator=generator))
+        yield partial(_stats_only, n, 32_000, i % 2 == 0, -100 + i % 3)
+
+
+def any_vocabulary() -> Iterator[Launch]:
+    """50 random shapes [N, V]: only whether V is a multiple of 16 may matter."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        n = int(torch.randint(1, 50, (), generator=generator))
+        vocab = int(torch.randint(2, 5000, (), generator=generator))
+        yield partial(_stats_only, n, vocab, False, -100)
+
+
+def _stats_only(n: int, vocab: int, per_token: bool, ignore_index: int) -> None:
+    logits = torch.empty(n, vocab, dtype=torch.bfloat16)
+    temperature = torch.ones(n if per_token else 1)
+    row_stats_fwd(logits, torch.zeros(n, dtype=torch.int64), temperature, 0.0, ignore_index)
