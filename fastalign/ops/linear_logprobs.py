@@ -89,6 +89,7 @@ def linear_logprobs_op(
             ignore_index,
         )
         torch.stack(columns, dim=1, out=stats[start:stop])
+    logits[rows.count :] = 0.0
     logp, entropy, row_max, log_sum = rows.scatter(stats).t().contiguous().unbind(0)
     return logp.clone(), entropy.clone(), row_max.clone(), log_sum.clone(), logits
 
