@@ -1,10 +1,10 @@
 """Generalised advantage estimation as a reverse scan: one program per sequence, from the end.
 
-A kept token maps the discounted continuation w = gamma (V + lam A) of what follows it to its own,
-w -> gamma ((1 - lam) V + lam r) + gamma lam w, and a dropped token leaves w as it is. These affine
-maps compose associatively, and the advantage is r - V + w(next). Rewards, values and mask are read
-once (their shifted twins come from the cache), advantages and returns are written once, and one
-number is carried between blocks.
+Each kept token maps the advantage after it to its own, A -> delta + gamma lam A, and a dropped one
+leaves it as it is. These affine maps compose associatively, so a block of tokens is one scan, and
+two numbers are carried between blocks: the advantage and the value of the next kept token. Rewards,
+values and mask are read once (their neighbours come from the cache), advantages and returns are
+written once.
 
 Few long sequences are split: ``_gae_chunk_kernel`` composes the maps of each chunk, and the main
 kernel then treats a chunk as a sequence that begins with the composition of the chunks after it.
@@ -46,8 +46,13 @@ def _compose(scale_late, shift_late, scale_early, shift_early):
 
 
 @triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
 def _first(x, BLOCK: tl.constexpr):
-    """The first element of a block; a masked sum, as the others may be anything but NaN."""
+    """The first element of a block."""
     return tl.sum(tl.where(tl.arange(0, BLOCK) == 0, x, 0.0), 0)
 
 
@@ -64,6 +69,20 @@ def _sequence(cu_seqlens_ptr, n_steps, row, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _rates_and_end(
+    rates_ptr, bootstrap_ptr, row, gamma, lam, PER_ROW: tl.constexpr, HAS_BOOTSTRAP: tl.constexpr
+):
+    """gamma, lam and the value after the last token of a sequence."""
+    if PER_ROW:
+        gamma = tl.load(rates_ptr + 2 * row)
+        lam = tl.load(rates_ptr + 2 * row + 1)
+    last = 0.0
+    if HAS_BOOTSTRAP:
+        last = tl.load(bootstrap_ptr + row)
+    return gamma, lam, last
+
+
+@triton.jit
 def _is_kept(mask_ptr, t, inside, HAS_MASK: tl.constexpr):
     kept = inside
     if HAS_MASK:
@@ -72,13 +91,53 @@ def _is_kept(mask_ptr, t, inside, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def _maps(rewards_ptr, values_ptr, t, kept, gamma, lam):
-    """The affine map of each token t, the identity where it is not kept."""
+def _value_from(values_ptr, mask_ptr, t, length, last, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """The value of the first kept token at or after t, `last` if there is none."""
+    value = last
+    if HAS_MASK:
+        searching = t < length
+        while searching:
+            at = t + tl.arange(0, BLOCK)
+            kept = _is_kept(mask_ptr, at, at < length, HAS_MASK)
+            first = tl.min(tl.where(kept, at, length), 0)
+            value = tl.load(values_ptr + first, mask=first < length, other=0.0).to(tl.float32)
+            value = tl.where(first < length, value, last)
+            t += BLOCK
+            searching = (first == length) & (t < length)
+    return value
+
+
+@triton.jit
+def _deltas(
+    rewards_ptr,
+    values_ptr,
+    mask_ptr,
+    t,
+    end,
+    length,
+    next_value,
+    last,
+    gamma,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a block of tokens t < end: (kept, value, delta, value of the first kept one or after)."""
+    kept = _is_kept(mask_ptr, t, t < end, HAS_MASK)
     reward = tl.load(rewards_ptr + t, mask=kept, other=0.0).to(tl.float32)
     value = tl.load(values_ptr + t, mask=kept, other=0.0).to(tl.float32)
-    scale = tl.where(kept, gamma * lam, 1.0)
-    shift = tl.where(kept, gamma * (value + lam * (reward - value)), 0.0)
-    return scale, shift
+    if HAS_MASK:
+        # Position t looks at token t + 1: the scan ends in the next kept token and needs no shift.
+        following = _is_kept(mask_ptr, t + 1, t + 1 < end, HAS_MASK)
+        following = following & (tl.arange(0, BLOCK) < BLOCK - 1)
+        at = tl.associative_scan(tl.where(following, t + 1, end), 0, _smaller, reverse=True)
+        after = tl.load(values_ptr + at, mask=at < end, other=0.0).to(tl.float32)
+        after = tl.where(at < end, after, next_value)
+        next_value = _first(tl.where(kept, value, after), BLOCK)
+    else:
+        after = tl.load(values_ptr + t + 1, mask=t + 1 < length, other=0.0).to(tl.float32)
+        after = tl.where(t + 1 < length, after, last)
+    delta = reward + gamma * after - value
+    return kept, value, delta, next_value
 
 
 @triton.jit(**GENERIC)
@@ -87,6 +146,7 @@ def _gae_chunk_kernel(
     values_ptr,
     mask_ptr,
     cu_seqlens_ptr,
+    bootstrap_ptr,
     rates_ptr,
     scales_ptr,  # [rows, n_chunks] float32, as the shifts
     shifts_ptr,
@@ -96,6 +156,7 @@ def _gae_chunk_kernel(
     lam,
     HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_BOOTSTRAP: tl.constexpr,
     PER_ROW: tl.constexpr,
     CHUNK_T: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -103,18 +164,26 @@ def _gae_chunk_kernel(
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     begin, length = _sequence(cu_seqlens_ptr, n_steps, row, PACKED)
-    if PER_ROW:
-        gamma = tl.load(rates_ptr + 2 * row)
-        lam = tl.load(rates_ptr + 2 * row + 1)
-    begin += chunk.to(tl.int64) * CHUNK_T
-    length = tl.minimum(length - chunk * CHUNK_T, CHUNK_T)
+    gamma, lam, last = _rates_and_end(
+        rates_ptr, bootstrap_ptr, row, gamma, lam, PER_ROW, HAS_BOOTSTRAP
+    )
+    rewards_ptr += begin
+    values_ptr += begin
+    mask_ptr += begin
+    start = chunk * CHUNK_T
+    end = tl.minimum(start + CHUNK_T, length)
+    next_value = _value_from(values_ptr, mask_ptr, end, length, last, HAS_MASK, BLOCK)
     total_scale = 1.0
     total_shift = 0.0
-    n_blocks = tl.cdiv(tl.maximum(length, 0), BLOCK)
+    n_blocks = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
     for block in range(n_blocks):
-        t = (n_blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        kept = _is_kept(mask_ptr + begin, t, t < length, HAS_MASK)
-        scale, shift = _maps(rewards_ptr + begin, values_ptr + begin, t, kept, gamma, lam)
+        t = start + (n_blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
+        kept, _, delta, next_value = _deltas(
+            rewards_ptr, values_ptr, mask_ptr, t, end, length, next_value, last, gamma,
+            HAS_MASK, BLOCK,
+        )  # fmt: skip
+        scale = tl.where(kept, gamma * lam, 1.0)
+        shift = tl.where(kept, delta, 0.0)
         scale, shift = tl.associative_scan((scale, shift), 0, _compose, reverse=True)
         first_scale = _first(scale, BLOCK)
         total_shift = first_scale * total_shift + _first(shift, BLOCK)
@@ -143,21 +212,30 @@ def _gae_fwd_kernel(
     PACKED: tl.constexpr,
     HAS_BOOTSTRAP: tl.constexpr,
     PER_ROW: tl.constexpr,
-    SPLIT: tl.constexpr,
     CHUNK_T: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_MAPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     begin, length = _sequence(cu_seqlens_ptr, n_steps, row, PACKED)
-    if PER_ROW:
-        gamma = tl.load(rates_ptr + 2 * row)
-        lam = tl.load(rates_ptr + 2 * row + 1)
+    gamma, lam, last = _rates_and_end(
+        rates_ptr, bootstrap_ptr, row, gamma, lam, PER_ROW, HAS_BOOTSTRAP
+    )
+    rewards_ptr += begin
+    values_ptr += begin
+    mask_ptr += begin
+    advantages_ptr += begin
+    returns_ptr += begin
+    start = 0
+    end = length
+    next_value = last
     carry = 0.0
-    if HAS_BOOTSTRAP:
-        carry = gamma * tl.load(bootstrap_ptr + row)
     if SPLIT:
         chunk = tl.program_id(1)
+        start = chunk * CHUNK_T
+        end = tl.minimum(start + CHUNK_T, length)
+        next_value = _value_from(values_ptr, mask_ptr, end, length, last, HAS_MASK, BLOCK)
         n_later = n_chunks - 1 - chunk
         n_blocks = tl.cdiv(n_later, BLOCK_MAPS)
         for block in range(n_blocks):
@@ -167,29 +245,21 @@ def _gae_fwd_kernel(
             shift = tl.load(shifts_ptr + at, mask=later < n_later, other=0.0)
             scale, shift = tl.associative_scan((scale, shift), 0, _compose, reverse=True)
             carry = _first(scale, BLOCK_MAPS) * carry + _first(shift, BLOCK_MAPS)
-        begin += chunk.to(tl.int64) * CHUNK_T
-        length = tl.minimum(length - chunk * CHUNK_T, CHUNK_T)
 
-    rewards_ptr += begin
-    values_ptr += begin
-    mask_ptr += begin
-    n_blocks = tl.cdiv(tl.maximum(length, 0), BLOCK)
+    n_blocks = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
     for block in range(n_blocks):
-        t = (n_blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        inside = t < length
-        # Position t holds the map of token t + 1, so the scan ends in w(next) and needs no shift.
-        next_kept = _is_kept(mask_ptr, t + 1, t + 1 < length, HAS_MASK)
-        scale, shift = _maps(rewards_ptr, values_ptr, t + 1, next_kept, gamma, lam)
+        t = start + (n_blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
+        kept, value, delta, next_value = _deltas(
+            rewards_ptr, values_ptr, mask_ptr, t, end, length, next_value, last, gamma,
+            HAS_MASK, BLOCK,
+        )  # fmt: skip
+        scale = tl.where(kept, gamma * lam, 1.0)
+        shift = tl.where(kept, delta, 0.0)
         scale, shift = tl.associative_scan((scale, shift), 0, _compose, reverse=True)
-        continuation = scale * carry + shift
-        carry = _first(continuation, BLOCK)
-
-        kept = _is_kept(mask_ptr, t, inside, HAS_MASK)
-        reward = tl.load(rewards_ptr + t, mask=kept, other=0.0).to(tl.float32)
-        value = tl.load(values_ptr + t, mask=kept, other=0.0).to(tl.float32)
-        advantage = tl.where(kept, reward - value + continuation, 0.0)
-        tl.store(advantages_ptr + begin + t, advantage, mask=inside)
-        tl.store(returns_ptr + begin + t, advantage + value, mask=inside)
+        advantage = scale * carry + shift
+        carry = _first(advantage, BLOCK)
+        tl.store(advantages_ptr + t, tl.where(kept, advantage, 0.0), mask=t < end)
+        tl.store(returns_ptr + t, tl.where(kept, advantage + value, 0.0), mask=t < end)
 
 
 def gae_fwd(
@@ -208,22 +278,21 @@ def gae_fwd(
     returns = torch.empty_like(advantages)
     if rewards.numel() == 0:
         return advantages, returns
-    packed = cu_seqlens is not None
     n_rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # Without a look at the offsets, which would wait for the GPU, a packed sequence may be all.
     longest = rewards.shape[-1]
     split = n_rows < SPLIT_BELOW and rewards.numel() > n_rows * CHUNK
     n_chunks = triton.cdiv(longest, CHUNK) if split else 1
+    scales, shifts = rewards.new_empty((2, n_rows, n_chunks), dtype=torch.float32).unbind()
 
     # Absent tensors need some pointer; the constexpr flags keep it from being read.
-    maps = rewards.new_empty((2, n_rows, n_chunks), dtype=torch.float32) if split else None
-    scales, shifts = (rewards, rewards) if maps is None else maps.unbind()
     optional = [None if x is None else x.contiguous() for x in (mask, cu_seqlens, bootstrap, rates)]
-    mask_, cu_seqlens_, bootstrap_, rates_ = (rewards if x is None else x for x in optional)
+    pointers = [rewards, values, *(rewards if x is None else x for x in optional), scales, shifts]
     sizes = (longest, n_chunks, gamma, lam)
     features = {
         "HAS_MASK": mask is not None,
-        "PACKED": packed,
+        "PACKED": cu_seqlens is not None,
+        "HAS_BOOTSTRAP": bootstrap is not None,
         "PER_ROW": rates is not None,
         "CHUNK_T": CHUNK,
         "BLOCK": BLOCK_T,
@@ -231,24 +300,14 @@ def gae_fwd(
     }
     grid = (n_rows, n_chunks)
     if split:
-        _gae_chunk_kernel[grid](
-            rewards, values, mask_, cu_seqlens_, rates_, scales, shifts, *sizes, **features
-        )
+        _gae_chunk_kernel[grid](*pointers, *sizes, **features)
     _gae_fwd_kernel[grid](
-        rewards,
-        values,
-        mask_,
-        cu_seqlens_,
-        bootstrap_,
-        rates_,
-        scales,
-        shifts,
+        *pointers,
         advantages,
         returns,
         *sizes,
-        HAS_BOOTSTRAP=bootstrap is not None,
+        **features,
         SPLIT=split,
         BLOCK_MAPS=BLOCK_CHUNKS,
-        **features,
     )
     return advantages, returns

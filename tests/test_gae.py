@@ -81,9 +81,9 @@ def test_kernel_is_no_worse_than_eager(
 
 def test_cpp_threads() -> None:
     """Enough tokens for several tasks, of rows that differ in length."""
-    rewards, values, mask, bootstrap = make_inputs(40, 2049, torch.float32, "cpu")
+    rewards, values, mask, bootstrap = make_inputs(40, 1025, torch.float32, "cpu")
     check("cpp", rewards, values, mask=mask, bootstrap=bootstrap)
-    flat, offsets = rewards.flatten(), torch.tensor([0, 70_000, 70_001, 81_960])
+    flat, offsets = rewards.flatten(), torch.tensor([0, 20_000, 20_001, 41_000])
     check("cpp", flat, values.flatten(), mask=mask.flatten(), cu_seqlens=offsets)
 
 
@@ -98,6 +98,8 @@ def test_triton_splits_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, name, size)
     device = device_of("triton")
     rewards, values, mask, bootstrap = make_inputs(2, 301, torch.float32, device)
+    mask[0, 70:200] = False  # whole chunks without a kept token
+    mask[1, 150:] = False
     check("triton", rewards, values, gamma=0.99, lam=1.0)
     check("triton", rewards, values, mask=mask, bootstrap=bootstrap, gamma=0.99, lam=1.0)
     check(
@@ -301,16 +303,21 @@ def test_long_row() -> None:
     assert torch.equal(returns, advantages)
 
 
-def test_large_values_cancel() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_values_cancel(backend: str) -> None:
     """V = 1e4 everywhere, r = 0 and the bootstrap equal to V: nothing was better than expected."""
-    values = torch.full((2, 300), 1e4)
-    for backend in ("reference", "cpp"):
-        with fa.backend(backend):
-            advantages, returns = gae(
-                torch.zeros_like(values), values, bootstrap=torch.full((2,), 1e4)
-            )
-        assert torch.equal(advantages, torch.zeros_like(values))
-        assert torch.equal(returns, values)
+    values = torch.full((2, 300), 1e4, device=device_of(backend))
+    with fa.backend(backend):
+        advantages, returns = gae(torch.zeros_like(values), values, bootstrap=values[:, 0])
+    assert torch.equal(advantages, torch.zeros_like(values))
+    assert torch.equal(returns, values)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_large_values_lose_no_more_digits_than_eager(backend: str, masked: bool) -> None:
+    rewards, values, mask, _ = make_inputs(2, 300, torch.float32, device_of(backend))
+    check(backend, rewards, 1e4 + values, mask=mask if masked else None)
 
 
 def test_mixed_dtypes_take_the_wider() -> None:
