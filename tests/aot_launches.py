@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from functools import partial
 
 import torch
 
@@ -45,7 +46,8 @@ LAUNCHES: dict[str, Launch] = {
     "rows fp16, no entropy": lambda: row_kernels(torch.float16, 32_000, entropy=False),
     "gae": lambda: gae(64, 512),
     "gae packed, all features": lambda: gae(64, 512, packed=True, features=True),
-    "gae, few long rows": lambda: gae(2, 100_000, features=True),
+    "gae, few long rows": lambda: gae(2, 100_000),
+    "gae, few long rows, all features": lambda: gae(2, 100_000, features=True),
 }
 
 
@@ -65,6 +67,17 @@ def any_vocabulary() -> Iterator[Launch]:
         n = int(torch.randint(1, 50, (), generator=generator))
         vocab = int(torch.randint(2, 5000, (), generator=generator))
         yield partial(_stats_only, n, vocab, False, -100)
+
+
+def gae_of_any_shape() -> Iterator[Launch]:
+    """50 random shapes: only packing and the split of few long sequences may matter, four sets of
+    flags; splitting adds a second kernel to two of them."""
+    generator = torch.Generator().manual_seed(2)
+    for i in range(50):
+        few = i % 2 == 0
+        rows = int(torch.randint(1, 20, (), generator=generator)) + (0 if few else 128)
+        steps = int(torch.randint(1, 300, (), generator=generator)) + (4096 if few else 0)
+        yield partial(gae, rows, steps, i % 4 < 2)
 
 
 def _stats_only(n: int, vocab: int, per_token: bool, ignore_index: int) -> None:

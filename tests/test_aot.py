@@ -77,3 +77,7 @@ def test_one_compilation_for_all_numbers_of_tokens_and_temperatures(report: dict
 
 def test_one_more_compilation_for_vocabularies_of_no_multiple_of_16(report: dict[str, Any]) -> None:
     assert report["any vocabulary"] == 2
+
+
+def test_gae_compiles_once_per_feature_set(report: dict[str, Any]) -> None:
+    assert report["gae of any shape"] == 6
