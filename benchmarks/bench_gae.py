@@ -101,6 +101,7 @@ def bench(rows: int, steps: int, dtype: torch.dtype, device: str, repeats: int) 
             "steps": steps,
             "dtype": str(dtype).removeprefix("torch."),
             "what": name,
+            "MB": f"{n_bytes / 1e6:.1f}",
             "ms": f"{1e3 * time_:.4f}",
             "GB/s": f"{n_bytes / time_ / 1e9:.1f}",
             "GFLOP/s": f"{FLOP_PER_TOKEN * rows * steps / time_ / 1e9:.1f}",

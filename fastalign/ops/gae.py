@@ -143,8 +143,9 @@ def gae(
     Args:
         rewards: [B, T], or packed [N] with ``cu_seqlens``. bfloat16, float16, float32 or float64.
         values: same shape, the value of the state in which the token was chosen.
-        gamma: discount in [0, 1], a float or one per sequence, [B] or [S].
-        lam: the decay of the eligibility trace in [0, 1], a float or one per sequence.
+        gamma: discount in [0, 1]: a float, or one per sequence, [B] or [S] (the content of a tensor
+            is not checked).
+        lam: the decay of the eligibility trace in [0, 1], likewise.
         mask: same shape, bool or integer, True (nonzero) where the token is the policy's own. The
             others are skipped; what stands in their cells, NaN included, has no effect.
         cu_seqlens: [S + 1], int32 or int64: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1]
@@ -179,39 +180,35 @@ def gae(
     if cu_seqlens is not None:
         n_rows = _check_offsets(cu_seqlens, rewards.shape[0])
         cu_seqlens = cu_seqlens.to(torch.int32)
-    rows_of = {"bootstrap": bootstrap, "gamma": gamma, "lam": lam}
-    for name, row in rows_of.items():
-        if isinstance(row, Tensor):
-            if row.shape != (n_rows,):
-                raise ValueError(
-                    f"gae: expected {name} of shape ({n_rows},), one per sequence, "
-                    f"got {tuple(row.shape)}"
-                )
-        elif row is not None and not 0.0 <= row <= 1.0:
-            raise ValueError(f"gae: expected {name} in [0, 1], got {row}")
-    tensors = {"values": values, "mask": mask, "cu_seqlens": cu_seqlens, **rows_of}
+    per_row = {"bootstrap": bootstrap, "gamma": gamma, "lam": lam}
+    tensors = {"values": values, "mask": mask, "cu_seqlens": cu_seqlens, **per_row}
     for name, maybe in tensors.items():
         if isinstance(maybe, Tensor) and maybe.device != rewards.device:
             raise ValueError(
                 f"gae: expected {name} on the device of rewards, {rewards.device}, "
                 f"got {maybe.device}"
             )
+    for name, row in per_row.items():
+        if isinstance(row, Tensor) and row.shape != (n_rows,):
+            raise ValueError(
+                f"gae: expected {name} of shape ({n_rows},), one per sequence, "
+                f"got {tuple(row.shape)}"
+            )
+    for name, rate in (("gamma", gamma), ("lam", lam)):
+        if not isinstance(rate, Tensor) and not 0.0 <= rate <= 1.0:
+            raise ValueError(f"gae: expected {name} in [0, 1], got {rate}")
     dtype = torch.promote_types(rewards.dtype, values.dtype)
     carry = _carry_dtype(dtype)
     rates = None
     if isinstance(gamma, Tensor) or isinstance(lam, Tensor):
-        columns = [
-            x.detach().to(carry)
-            if isinstance(x, Tensor)
-            else torch.full((n_rows,), x, dtype=carry, device=rewards.device)
-            for x in (gamma, lam)
-        ]
-        rates = torch.stack(columns, dim=1)
+        one = torch.ones(n_rows, dtype=carry, device=rewards.device)
+        rates = torch.stack([(one * rate).to(carry) for rate in (gamma, lam)], dim=1).detach()
+        gamma = lam = 1.0
     return _gae(
         rewards.detach().to(dtype),
         values.detach().to(dtype),
-        1.0 if isinstance(gamma, Tensor) else float(gamma),
-        1.0 if isinstance(lam, Tensor) else float(lam),
+        float(gamma),
+        float(lam),
         None if mask is None else mask.to(torch.bool),
         cu_seqlens,
         None if bootstrap is None else bootstrap.detach().to(carry),
@@ -220,17 +217,17 @@ def gae(
 
 
 def _check_offsets(cu_seqlens: Tensor, n_tokens: int) -> int:
-    """The number of sequences; ValueError when these cannot be the offsets of ``n_tokens``
-    tokens."""
+    """The number of sequences; ValueError when these are no offsets of ``n_tokens`` tokens."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"gae: expected cu_seqlens [S + 1], got shape {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"gae: expected int32 or int64 cu_seqlens, got {cu_seqlens.dtype}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != n_tokens or bool((cu_seqlens.diff() < 0).any()):
+        falls = bool((cu_seqlens.diff() < 0).any())
+        if first != 0 or last != n_tokens or falls:
             raise ValueError(
                 f"gae: expected cu_seqlens to rise from 0 to N = {n_tokens}, "
-                f"got {cu_seqlens.tolist()}"
+                f"got {first} to {last}{', falling in between' if falls else ''}"
             )
     return cu_seqlens.shape[0] - 1
