@@ -1,0 +1,556 @@
+"""linear_loss: any loss on log-probs in one pass equals linear_logprobs and the same loss."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastalign as fa
+from fastalign.ops.linear_logprobs import linear_logprobs
+from fastalign.ops.linear_loss import LossOutput, linear_loss, linear_loss_reference
+from fastalign.testing import TOLERANCES, assert_no_worse, peaked_head
+
+CUDA = torch.cuda.is_available()
+N, H, V = 37, 24, 203
+SLABS = [None, 16, 5]
+SLAB_IDS = ["1 slab", "3 slabs", "8 slabs"]
+
+
+def policy_loss(
+    logp: Tensor,
+    entropy: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    clip: float,
+    cost: Tensor,
+) -> Tensor:
+    """PPO's clipped loss, an entropy bonus and a value loss: every input of linear_loss at work."""
+    ratio = (logp - old_logp).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -gain - cost * entropy + 0.5 * (values - returns) ** 2
+
+
+def likelihood(logp: Tensor, entropy: Tensor) -> Tensor:
+    return -logp
+
+
+def pair_loss(logp: Tensor, entropy: Tensor, sign: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """DPO without a reference: one group holds a preferred (+1) and a rejected (-1) answer."""
+    margin = segment_sum(logp * sign, cu_seqlens)
+    return -torch.nn.functional.logsigmoid(0.1 * margin)
+
+
+def segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    lengths = cu_seqlens.diff()
+    group = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+    return torch.zeros(len(lengths), dtype=x.dtype, device=x.device).index_add(0, group, x)
+
+
+def make(
+    dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """hidden, weight, targets (every fifth ignored) and the inputs of ``policy_loss``."""
+    hidden, weight, targets = peaked_head(N, H, V, dtype=dtype, device=device)
+    targets[::5] = -100
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    draw = [torch.randn(N, generator=generator).to(device, wide) for _ in range(4)]
+    with torch.no_grad():
+        old_logp = linear_logprobs(hidden, weight, targets) + 0.2 * draw[1]
+    inputs = {
+        "advantages": draw[0],
+        "old_logp": old_logp,
+        "values": draw[2].requires_grad_(),
+        "returns": draw[3],
+        "clip": 0.2,
+        "cost": torch.tensor(0.01, device=device, dtype=wide, requires_grad=True),
+    }
+    return hidden.requires_grad_(), weight.requires_grad_(), targets, inputs
+
+
+def rows(count: int | None, dtype: torch.dtype = torch.float32) -> int | None:
+    return count and count * V * dtype.itemsize
+
+
+def gradients(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, tensors))
+
+
+@pytest.mark.parametrize("slab", SLABS, ids=SLAB_IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head", ["plain", "bias, soft-cap, temperatures"])
+def test_against_float64(head: str, dtype: torch.dtype, slab: int | None) -> None:
+    hidden, weight, targets, inputs = make(dtype)
+    features = head != "plain"
+    softcap = 5.0 if features else None
+    bias = torch.randn(V).to(dtype).requires_grad_()
+    temperature = 0.5 + torch.rand(N) if features else torch.ones(1)
+
+    def leaves_of(wide: bool) -> list[Tensor]:
+        tensors = [hidden, weight, bias, inputs["values"], inputs["cost"]]
+        return [
+            (x.detach().double() if wide else x.detach().clone()).requires_grad_() for x in tensors
+        ]
+
+    def reference(leaves: list[Tensor]) -> list[Tensor]:
+        h, w, b, values, cost = leaves
+        given = inputs | {"values": values, "cost": cost}
+        t = temperature.to(cost.dtype)
+        loss = linear_loss_reference(
+            h, w, targets, policy_loss, given, b if features else None, t, softcap or 0.0
+        )
+        used = [x for x in leaves if features or x is not b]
+        return [loss, *gradients(loss, *used)]
+
+    def own(leaves: list[Tensor]) -> list[Tensor]:
+        h, w, b, values, cost = leaves
+        given = inputs | {"values": values, "cost": cost}
+        out = linear_loss(
+            h,
+            w,
+            targets,
+            policy_loss,
+            given,
+            bias=b if features else None,
+            temperature=temperature,
+            softcap=softcap,
+            workspace=rows(slab, dtype),
+        )
+        used = [x for x in leaves if features or x is not b]
+        return [out.loss, *gradients(out.loss, *used)]
+
+    kernel, eager, truth = (
+        own(leaves_of(False)),
+        reference(leaves_of(False)),
+        reference(leaves_of(True)),
+    )
+    for index, (got, rough, true) in enumerate(zip(kernel, eager, truth, strict=True)):
+        assert_no_worse(got, rough, true, dtype, grad=index > 0)
+
+
+@pytest.mark.parametrize("slab", SLABS, ids=SLAB_IDS)
+def test_equals_linear_logprobs_and_the_same_loss(slab: int | None) -> None:
+    """The central promise: fusing changes the order of work, not the result."""
+    hidden, weight, targets, inputs = make()
+    leaves = (hidden, weight, inputs["values"], inputs["cost"])
+    settings: dict[str, Any] = {"temperature": 0.8, "workspace": rows(slab)}
+    fused = linear_loss(hidden, weight, targets, policy_loss, inputs, **settings)
+    logp, entropy = linear_logprobs(hidden, weight, targets, return_entropy=True, **settings)
+    kept = targets != -100
+    cut: dict[str, Any] = {
+        k: x[kept] if isinstance(x, Tensor) and x.dim() else x for k, x in inputs.items()
+    }
+    apart = policy_loss(logp[kept], entropy[kept], **cut).sum() / kept.sum()
+    assert torch.equal(fused.logp, logp.detach())
+    assert torch.equal(fused.entropy, entropy.detach())
+    pairs = zip(gradients(fused.loss, *leaves), gradients(apart, *leaves), strict=True)
+    for got, want in ((fused.loss, apart), *pairs):
+        assert_no_worse(got, want, want.double(), torch.float32, grad=got is not fused.loss)
+
+
+@pytest.mark.parametrize("slab", [None, 5], ids=["1 slab", "8 slabs"])
+def test_triton_rows_in_the_slabs(slab: int | None) -> None:
+    hidden, weight, targets, inputs = make(device="cuda" if CUDA else "cpu")
+    results = []
+    for backend in ("triton", "reference"):
+        with fa.backend(backend):
+            out = linear_loss(hidden, weight, targets, policy_loss, inputs, workspace=rows(slab))
+        results.append([out.loss, *gradients(out.loss, hidden, weight)])
+    for index, (got, want) in enumerate(zip(*results, strict=True)):
+        assert_no_worse(got, want, want.double(), torch.float32, grad=index > 0)
+
+
+GROUPS = torch.tensor([0, 6, 6, 21, 25, 37])
+"""Five groups of 6, 0, 15, 4 and 12 tokens."""
+
+
+@pytest.mark.parametrize("slab", [None, 16, 7], ids=["1 slab", "whole groups", "two stages"])
+def test_groups_against_autograd(slab: int | None) -> None:
+    hidden, weight, targets, _ = make(torch.float64)
+    inputs = {"sign": torch.randn(N).sign().double()}
+    logp = linear_logprobs(hidden, weight, targets)
+    want = pair_loss(logp, logp, cu_seqlens=GROUPS, **inputs).sum() / 5
+    out = linear_loss(
+        hidden,
+        weight,
+        targets,
+        pair_loss,
+        inputs,
+        groups=GROUPS,
+        workspace=rows(slab, torch.float64),
+    )
+    expected = [want, *gradients(want, hidden, weight)]
+    for got, true in zip([out.loss, *gradients(out.loss, hidden, weight)], expected, strict=True):
+        assert_no_worse(got, true, true, torch.float64, grad=true.dim() > 0)
+
+
+def test_a_group_loss_sees_whole_groups_and_their_inputs() -> None:
+    hidden, weight, targets, _ = make()
+    kept = (targets != -100).long()
+    lengths = segment_sum(kept, GROUPS).tolist()
+    seen: list[int] = []
+    factors = torch.arange(1.0, 6.0)
+
+    def record(logp: Tensor, entropy: Tensor, factor: Tensor, cu_seqlens: Tensor) -> Tensor:
+        assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(logp) and len(logp) <= 16
+        seen.extend(cu_seqlens.diff().tolist())
+        return factor * segment_sum(logp, cu_seqlens)
+
+    out = linear_loss(
+        hidden, weight, targets, record, {"factor": factors}, groups=GROUPS, workspace=rows(16)
+    )
+    assert seen == lengths
+    expected = (factors * segment_sum(out.logp, GROUPS)).sum() / 5
+    assert_no_worse(out.loss, expected, expected.double(), torch.float32)
+
+
+def test_learned_inputs_of_groups_get_their_gradient() -> None:
+    hidden, weight, targets, _ = make()
+    scale = torch.ones(5, requires_grad=True)
+
+    def scaled(logp: Tensor, entropy: Tensor, scale: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return scale * segment_sum(logp, cu_seqlens)
+
+    for slab in (None, 16, 7):
+        out = linear_loss(
+            hidden, weight, targets, scaled, {"scale": scale}, groups=GROUPS, workspace=rows(slab)
+        )
+        (got,) = gradients(out.loss, scale)
+        want = segment_sum(out.logp, GROUPS) / 5
+        assert_no_worse(got, want, want.double(), torch.float32, grad=True)
+
+
+def products(f: Any) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        f()
+    return sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm"))
+
+
+@pytest.mark.parametrize(
+    ("hidden_grad", "weight_grad", "slab", "expected"),
+    [
+        (True, True, None, 3),
+        (True, False, None, 2),
+        (False, True, None, 2),
+        (False, False, None, 1),
+        (True, True, 32, 6),  # two slabs
+    ],
+)
+def test_number_of_products(
+    hidden_grad: bool, weight_grad: bool, slab: int | None, expected: int
+) -> None:
+    hidden, weight, targets, inputs = make()
+    targets = targets.clamp(min=0)
+    h, w = hidden.detach().requires_grad_(hidden_grad), weight.detach().requires_grad_(weight_grad)
+
+    def step() -> None:
+        loss = linear_loss(h, w, targets, likelihood, workspace=rows(slab)).loss
+        if loss.requires_grad:
+            loss.backward()
+
+    assert products(step) == expected
+
+
+def test_two_stages_take_four_products() -> None:
+    hidden, weight, targets, _ = make()
+    inputs = {"sign": torch.ones(N)}
+    targets = targets.clamp(min=0)
+    slabs = 3
+
+    def step() -> None:
+        linear_loss(
+            hidden, weight, targets, pair_loss, inputs, groups=GROUPS, workspace=rows(14)
+        ).loss.backward()
+
+    assert products(step) == 4 * slabs
+
+
+def test_no_gradient_under_no_grad_and_the_same_loss() -> None:
+    hidden, weight, targets, inputs = make()
+    with torch.no_grad():
+        out = linear_loss(hidden, weight, targets, policy_loss, inputs)
+    assert not out.loss.requires_grad
+    again = linear_loss(hidden, weight, targets, policy_loss, inputs)
+    assert torch.equal(out.loss, again.loss) and again.loss.requires_grad
+    assert not again.logp.requires_grad and not again.entropy.requires_grad
+
+
+def test_upstream_gradient_and_retained_graph() -> None:
+    hidden, weight, targets, inputs = make()
+    loss = linear_loss(hidden, weight, targets, policy_loss, inputs).loss
+    (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    kept = once.clone()
+    (thrice,) = torch.autograd.grad(3.0 * loss, weight, retain_graph=True)
+    (last,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(thrice, 3.0 * kept)
+    assert torch.equal(last, kept)
+    assert torch.equal(once, kept)
+
+
+def test_gradient_accumulation_over_micro_batches() -> None:
+    """Two halves with the whole batch's normalizer add up to the whole."""
+    hidden, weight, targets, inputs = make()
+    count = int((targets != -100).sum())
+    whole = linear_loss(hidden, weight, targets, policy_loss, inputs)
+    want = gradients(whole.loss, hidden, weight)
+    hidden.grad = weight.grad = None
+    total = 0.0
+    for part in (slice(0, 20), slice(20, N)):
+        cut = {k: x[part] if isinstance(x, Tensor) and x.dim() else x for k, x in inputs.items()}
+        loss = linear_loss(
+            hidden[part], weight, targets[part], policy_loss, cut, normalizer=count
+        ).loss
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(whole.loss.item(), rel=1e-5)
+    for got, true in zip((hidden.grad, weight.grad), want, strict=True):
+        assert got is not None
+        assert_no_worse(got, true, true.double(), torch.float32, grad=True)
+
+
+def test_tied_embeddings() -> None:
+    """The same weight makes the hidden states and reads them: both gradients add up."""
+    _, weight, targets, _ = make(torch.float64)
+    tokens = torch.randint(V, (N,))
+    results = []
+    for fused in (True, False):
+        w = weight.detach().clone().requires_grad_()
+        hidden = torch.tanh(torch.nn.functional.embedding(tokens, w))
+        if fused:
+            loss = linear_loss(hidden, w, targets, likelihood, workspace=rows(8, w.dtype)).loss
+        else:
+            t = torch.ones(1, dtype=torch.float64)
+            loss = linear_loss_reference(hidden, w, targets, likelihood, {}, None, t)
+        results.append(gradients(loss, w)[0])
+    assert_no_worse(results[0], results[1], results[1], torch.float64, grad=True)
+
+
+@pytest.mark.parametrize("normalizer", [8.0, torch.tensor(8.0)], ids=["number", "tensor"])
+def test_normalizer(normalizer: float | Tensor) -> None:
+    hidden, weight, targets, inputs = make()
+    count = (targets != -100).sum().item()
+    default = linear_loss(hidden, weight, targets, policy_loss, inputs).loss
+    loss = linear_loss(hidden, weight, targets, policy_loss, inputs, normalizer=normalizer).loss
+    assert loss.item() == pytest.approx(default.item() * count / 8.0, rel=1e-5)
+    (a,), (b,) = gradients(default, hidden), gradients(loss, hidden)
+    assert_no_worse(b * (8.0 / count), a, a.double(), torch.float32, grad=True)
+
+
+@pytest.mark.parametrize("ignored", ["all", "no rows at all"])
+def test_no_rows(ignored: str) -> None:
+    hidden, weight, targets, inputs = make()
+    if ignored == "all":
+        targets[:] = -100
+    else:
+        targets, hidden = targets[:0], hidden.detach()[:0].requires_grad_()
+        inputs = {k: x[:0] if isinstance(x, Tensor) and x.dim() else x for k, x in inputs.items()}
+        inputs["values"] = inputs["values"].detach().requires_grad_()
+    out = linear_loss(hidden, weight, targets, policy_loss, inputs)
+    assert out.loss.item() == 0.0
+    for grad in gradients(out.loss, hidden, weight, inputs["values"], inputs["cost"]):
+        assert grad.abs().sum().item() == 0.0
+    assert out.metrics["entropy"].item() == 0.0
+
+
+def test_nan_in_ignored_rows_stays_there() -> None:
+    hidden, weight, targets, inputs = make()
+    clean = linear_loss(hidden, weight, targets, policy_loss, inputs)
+    expected = gradients(clean.loss, hidden, weight)
+    with torch.no_grad():
+        hidden[targets == -100] = float("nan")
+        inputs["advantages"][targets == -100] = float("nan")
+    dirty = linear_loss(hidden, weight, targets, policy_loss, inputs)
+    assert torch.equal(clean.loss, dirty.loss) and torch.equal(clean.logp, dirty.logp)
+    for got, want in zip(gradients(dirty.loss, hidden, weight), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_metrics_are_the_means_they_say() -> None:
+    hidden, weight, targets, inputs = make()
+    ref = inputs["old_logp"] + 0.3
+
+    def with_ref(logp: Tensor, entropy: Tensor, ref_logp: Tensor, old_logp: Tensor) -> Tensor:
+        return logp - ref_logp - old_logp
+
+    out = linear_loss(
+        hidden, weight, targets, with_ref, {"ref_logp": ref, "old_logp": inputs["old_logp"]}
+    )
+    kept = targets != -100
+    gap = (ref - out.logp)[kept].double()
+    expected = {
+        "entropy": out.entropy[kept].mean(),
+        "ref_k1": -gap.mean(),
+        "ref_k3": (gap.exp() - 1 - gap).mean(),
+    }
+    assert set(out.metrics) == {"entropy", "ref_k1", "ref_k3", "old_k1", "old_k3"}
+    for name, value in expected.items():
+        assert out.metrics[name].item() == pytest.approx(value.item(), rel=1e-4)
+        assert out.metrics[name].dim() == 0 and not out.metrics[name].requires_grad
+    assert isinstance(out, LossOutput)
+
+
+@pytest.mark.parametrize("slab", [None, 8], ids=["1 slab", "5 slabs"])
+def test_same_bits_again(slab: int | None) -> None:
+    hidden, weight, targets, inputs = make()
+    runs = []
+    for _ in range(2):
+        out = linear_loss(hidden, weight, targets, policy_loss, inputs, workspace=rows(slab))
+        runs.append([out.loss, out.logp, *gradients(out.loss, hidden, weight)])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_log_prob_does_not_depend_on_the_other_rows() -> None:
+    hidden, weight, targets, _ = make()
+    first = linear_loss(hidden, weight, targets, likelihood, workspace=rows(8))
+    others = hidden.detach().clone()
+    others[11:] = torch.randn(N - 11, H)
+    second = linear_loss(others, weight, targets, likelihood, workspace=rows(8))
+    assert torch.equal(first.logp[:11], second.logp[:11])
+    assert not torch.equal(first.logp[11:], second.logp[11:])
+
+
+def test_a_loss_without_entropy_pays_nothing_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("fastalign.ops.linear_loss")
+    hidden, weight, targets, inputs = make()
+    asked: list[bool] = []
+    plain = module.dlogits_out
+
+    def spy(out: Tensor, g: Tensor, e: Tensor | None, *rest: Any) -> None:
+        asked.append(e is not None)
+        plain(out, g, e, *rest)
+
+    monkeypatch.setattr(module, "dlogits_out", spy)
+    linear_loss(hidden, weight, targets, likelihood)
+    linear_loss(hidden, weight, targets, policy_loss, inputs)
+    assert asked == [False, True]
+
+
+def test_autocast_is_followed() -> None:
+    hidden, weight, targets, inputs = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_loss(hidden, weight, targets, policy_loss, inputs)
+    direct = linear_loss(hidden.bfloat16(), weight.bfloat16(), targets, policy_loss, inputs)
+    assert torch.equal(out.loss, direct.loss)
+    for got, want in zip(
+        gradients(out.loss, hidden, weight), gradients(direct.loss, hidden, weight), strict=True
+    ):
+        assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
+def test_hand_worked_likelihood() -> None:
+    """One token, hidden 1, weights 0 and ln 3: p = (1/4, 3/4), target 1, loss = -ln(3/4).
+
+    dh = sum_j (p_j - onehot_j) w_j = (3/4 - 1) ln 3; dW = (1/4, -1/4).
+    """
+    weight = torch.tensor([[0.0], [1.0986123]], requires_grad=True)
+    hidden = torch.ones(1, 1, requires_grad=True)
+    out = linear_loss(hidden, weight, torch.tensor([1]), likelihood)
+    dh, dw = gradients(out.loss, hidden, weight)
+    assert out.loss.item() == pytest.approx(0.2876821, rel=1e-5)
+    assert dh.item() == pytest.approx(-0.25 * 1.0986123, rel=1e-5)
+    assert dw[:, 0].tolist() == pytest.approx([0.25, -0.25], rel=1e-5)
+
+
+def test_gradcheck() -> None:
+    hidden, weight, targets = peaked_head(4, 3, 9, dtype=torch.float64)
+    targets[1] = -100
+    values = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def f(h: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        def loss(logp: Tensor, entropy: Tensor, values: Tensor) -> Tensor:
+            return logp * values + entropy**2
+
+        return linear_loss(h, w, targets, loss, {"values": v}, softcap=4.0, workspace=2 * 72).loss
+
+    assert torch.autograd.gradcheck(f, (hidden.requires_grad_(), weight.requires_grad_(), values))
+
+
+def bad_cases() -> dict[str, tuple[dict[str, Any], str]]:
+    learned = torch.ones((), requires_grad=True)
+    return {
+        "mean": (dict(loss=lambda p, h: p.mean()), r"per token, shape \(4,\), got \(\)"),
+        "not a tensor": (dict(loss=lambda p, h: 1.0), "per token.*got float"),
+        "closed over": (dict(loss=lambda p, h: p * learned), "requires grad.*not among inputs"),
+        "input size": (dict(inputs={"a": torch.ones(3)}), r"'a'.*dimension 4.*\(3,\)"),
+        "groups dtype": (dict(groups=torch.ones(3)), "groups as integer cu_seqlens"),
+        "groups end": (dict(groups=torch.tensor([0, 3])), "from 0 to N = 4"),
+        "groups fall": (dict(groups=torch.tensor([0, 3, 2, 4])), "from 0 to N = 4"),
+        "cu_seqlens": (
+            dict(groups=torch.tensor([0, 4]), inputs={"cu_seqlens": torch.ones(4)}),
+            "no input named cu_seqlens",
+        ),
+        "weight": (dict(weight=torch.zeros(7, 6)), r"\(4, 5\) and \(7, 6\)"),
+        "workspace": (dict(workspace=1), "workspace >= 28 bytes"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_cases())
+def test_bad_input_is_named(name: str) -> None:
+    changed, message = bad_cases()[name]
+    kwargs: dict[str, Any] = {
+        "hidden": torch.zeros(4, 5, requires_grad=True),
+        "weight": torch.zeros(7, 5),
+        "targets": torch.zeros(4, dtype=torch.int64),
+        "loss": lambda logp, entropy, **inputs: -logp,
+        "inputs": {},
+    }
+    kwargs.update(changed)
+    with pytest.raises(ValueError, match=f"linear_loss: .*{message}"):
+        linear_loss(**kwargs)
+
+
+def test_losses_of_the_library_fit() -> None:
+    hidden, weight, targets, inputs = make()
+    out = linear_loss(hidden, weight, targets, fa.losses.MLE())
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets)
+    assert out.loss.item() == pytest.approx(
+        expected.item(), abs=10 * TOLERANCES[torch.float32].floor
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workspace", [None, 64 << 20], ids=["default", "64 MiB"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gpu_at_real_sizes(dtype: torch.dtype, workspace: int | None) -> None:
+    n = 2048
+    hidden, weight, targets = peaked_head(n, 1024, 32_000, dtype=dtype, device="cuda")
+    targets[::3] = -100
+    advantages = torch.randn(n, device="cuda")
+
+    def loss(logp: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
+        return -advantages * logp - 0.01 * entropy
+
+    def results(kind: str) -> list[Tensor]:
+        wide = torch.float64 if kind == "truth" else dtype
+        h, w = (x.detach().to(wide).requires_grad_() for x in (hidden, weight))
+        given = {"advantages": advantages}
+        if kind == "kernel":
+            value = linear_loss(h, w, targets, loss, given, workspace=workspace).loss
+        else:
+            t = torch.ones(1, device="cuda", dtype=torch.float64 if kind == "truth" else None)
+            value = linear_loss_reference(h, w, targets, loss, given, None, t)
+        return [value.detach(), *gradients(value, h, w)]
+
+    outcomes = (results("kernel"), results("eager"), results("truth"))
+    for index, (got, rough, true) in enumerate(zip(*outcomes, strict=True)):
+        assert_no_worse(got, rough, true, dtype, grad=index > 0)
+
+
+@pytest.mark.gpu
+def test_gpu_never_waits_when_nothing_is_dropped() -> None:
+    hidden, weight, targets, inputs = make(device="cuda")
+    targets = targets.clamp(min=0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = linear_loss(hidden, weight, targets, policy_loss, inputs, ignore_index=None)
+        out.loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
