@@ -76,6 +76,14 @@ def test_zero_and_one_kept_cell() -> None:
     assert whiten(torch.full((3, 3), 7.0)).tolist() == [[0.0] * 3] * 3  # no spread
 
 
+@pytest.mark.parametrize("value", [0.1, 3.7, 10000.1, -1e6 / 3])
+@pytest.mark.parametrize("count", [2, 7, 1000, 4097])
+def test_equal_cells_come_out_as_zero(count: int, value: float) -> None:
+    """The rounding of their mean, one part in 2^24 of it, is not taken for spread."""
+    largest = whiten(torch.full((count,), value)).abs().max().item()
+    assert largest <= TOLERANCES[torch.float32].floor
+
+
 def test_nan_in_masked_cells_does_not_leak() -> None:
     x = torch.randn(5, 6)
     mask = torch.rand(5, 6) < 0.5

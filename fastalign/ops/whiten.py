@@ -19,7 +19,7 @@ EPS = 1e-8
 
 
 def whiten_reference(x: Tensor, mask: Tensor | None, shift_mean: bool) -> Tensor:
-    """The formula above in plain PyTorch; two passes, so a large mean costs no digits."""
+    """The formula above in plain PyTorch; the mean is taken twice, against its rounding."""
     x = x if x.dtype == torch.float64 else x.float()
     kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     zero = torch.zeros_like(x)
@@ -27,6 +27,8 @@ def whiten_reference(x: Tensor, mask: Tensor | None, shift_mean: bool) -> Tensor
     count = kept.sum()
     mean = x.sum() / count.clamp(min=1)
     centred = torch.where(kept, x - mean, zero)
+    # Equal cells would otherwise all be off by the rounding of their mean, which is then scaled up.
+    centred = torch.where(kept, centred - centred.sum() / count.clamp(min=1), zero)
     variance = centred.square().sum() / (count - 1).clamp(min=1)
     y = centred * torch.rsqrt(variance + EPS)
     return y if shift_mean else torch.where(kept, y + mean, zero)
