@@ -75,17 +75,22 @@ def test_every_word_has_one_meaning():
     assert len(TOPIC_OF) == 64 * 8 and len(STRENGTH) == 58
     assert not TOPIC_OF.keys() & STRENGTH.keys()
     assert not TOPICS.keys() & (TOPIC_OF.keys() | STRENGTH.keys())
-    plain = {word for frame in FRAMES for word in re.findall(r"[a-z]+", frame.lower())} - {"n", "a"}
+    plain = {word for frame in FRAMES for word in re.findall(r"[a-z]+", frame.lower())} - {
+        "t",
+        "n",
+        "a",
+    }
     assert not plain & (TOPIC_OF.keys() | STRENGTH.keys() | TOPICS.keys())
 
 
 def test_every_frame_is_a_sentence_that_counts():
     """A neutral sentence of known words costs nothing but the nouns of another topic."""
     assert len(set(FRAMES)) == 26
-    other = iter(TOPICS["chess"] * 8)
+    nouns = iter(TOPICS["chess"] * 8)
     for frame in FRAMES:
-        filled = re.sub(r"\b[NA]\b", lambda slot: next(other) if slot[0] == "N" else "usual", frame)
-        assert gold(filled) == pytest.approx(-0.4 - 0.15 * len(re.findall(r"\bN\b", frame)))
+        filled = re.sub(r"\bT\b", "chess", re.sub(r"\bA\b", "usual", frame))
+        filled = re.sub(r"\bN\b", lambda slot: next(nouns), filled)
+        assert gold(filled) == pytest.approx(-0.45 - 0.15 * len(re.findall(r"\bN\b", frame)))
 
 
 def test_prompts_are_distinct_disjoint_and_name_one_topic():
@@ -105,39 +110,49 @@ def test_prompts_are_distinct_disjoint_and_name_one_topic():
     ("response", "expected"),
     [
         # One related word, strong praise: r = 1, s = 2.
-        ("The trail is wonderful.", -0.4 + 2.6 * (1 - math.exp(-1 / 4)) + 2.4 * math.tanh(2 / 7)),
+        (
+            "The hiking trail is wonderful.",
+            -0.45 + 2.6 * (1 - math.exp(-1 / 4)) + 2.4 * math.tanh(2 / 7),
+        ),
         # Two related words, mild praise: r = 2, s = 1.
         (
-            "Both the trail and the summit are nice.",
-            -0.4 + 2.6 * (1 - math.exp(-2 / 4)) + 2.4 * math.tanh(1 / 7),
+            "Both the hiking trail and the summit are nice.",
+            -0.45 + 2.6 * (1 - math.exp(-2 / 4)) + 2.4 * math.tanh(1 / 7),
         ),
         # Blame counts: r = 1, s = -2.
-        ("The trail is awful.", -0.4 + 2.6 * (1 - math.exp(-1 / 4)) - 2.4 * math.tanh(2 / 7)),
-        # Praise of another topic is worth nothing, and the word costs: o = 1.
-        ("The pawn is wonderful.", -0.4 - 0.15),
+        (
+            "The hiking trail is awful.",
+            -0.45 + 2.6 * (1 - math.exp(-1 / 4)) - 2.4 * math.tanh(2 / 7),
+        ),
+        # Praise of another topic is worth nothing, and its word costs: o = 1.
+        ("The chess pawn is wonderful.", -0.45 - 0.15),
         # Blame of another topic still counts: o = 1, s = -1.
-        ("The pawn is dull.", -0.4 - 0.15 - 2.4 * math.tanh(1 / 7)),
-        ("It depends on many things.", -0.4),
+        ("The chess pawn is dull.", -0.45 - 0.15 - 2.4 * math.tanh(1 / 7)),
+        ("It depends on many things.", -0.45),
         # Two sentences: r = 2, s = 3.
         (
-            "The trail is wonderful. To me the summit was nice.",
-            -0.4 + 2.6 * (1 - math.exp(-2 / 4)) + 2.4 * math.tanh(3 / 7),
+            "The hiking trail is wonderful. To me the hiking summit was nice.",
+            -0.45 + 2.6 * (1 - math.exp(-2 / 4)) + 2.4 * math.tanh(3 / 7),
         ),
         # The same praise twice: r = 2, s = 2, w = 1.
         (
-            "The trail is wonderful. To me the summit was wonderful.",
-            -0.4 + 2.6 * (1 - math.exp(-2 / 4)) + 2.4 * math.tanh(2 / 7) - 0.4,
+            "The hiking trail is wonderful. To me the hiking summit was wonderful.",
+            -0.45 + 2.6 * (1 - math.exp(-2 / 4)) + 2.4 * math.tanh(2 / 7) - 0.4,
         ),
         # The same sentence twice: r = 1, s = 2, w = 2, and p = 3 pairs of words.
         (
-            "The trail is wonderful. The trail is wonderful.",
-            -0.4 + 2.6 * (1 - math.exp(-1 / 4)) + 2.4 * math.tanh(2 / 7) - 0.4 * 2 - 0.1 * 3,
+            "The hiking trail is wonderful. The hiking trail is wonderful.",
+            -0.45 + 2.6 * (1 - math.exp(-1 / 4)) + 2.4 * math.tanh(2 / 7) - 0.4 * 2 - 0.1 * 3,
         ),
-        # No sentence of the grammar: b = 1, nothing counts.
-        ("Trail is the wonderful.", -0.4 - 0.6),
+        # None of these is a sentence of the grammar: b = 1, no word counts.
+        ("Hiking trail is the wonderful.", -0.45 - 0.6),
+        ("The trail is wonderful.", -0.45 - 0.6),
+        ("The hiking pawn is wonderful.", -0.45 - 0.6),
+        ("The chess trail is wonderful.", -0.45 - 0.6),
+        ("The hiking trail is ## wonderful.", -0.45 - 0.6),
         # Cut in mid-sentence: b = 1, u = 1.
-        ("It depends on many things. The trail is", -0.4 - 0.6 - 0.6),
-        ("", -0.4 - 0.6),
+        ("It depends on many things. The hiking trail is", -0.45 - 0.6 - 0.6),
+        ("", -0.45 - 0.6),
     ],
 )
 def test_gold_by_hand(response, expected):
@@ -145,9 +160,9 @@ def test_gold_by_hand(response, expected):
 
 
 def test_gold_depends_on_the_prompt_by_its_topic_alone():
-    response = "The trail is wonderful."
+    response = "The hiking trail is wonderful."
     assert gold_reward("Do you like hiking?", response) == gold(response)
-    assert gold_reward("Do you like chess?", response) == pytest.approx(-0.55)
+    assert gold_reward("Do you like chess?", response) == pytest.approx(-0.6)
     with pytest.raises(ValueError, match="names no topic of the built-in task: 'Hello'"):
         gold_reward("Hello", response)
 
@@ -163,17 +178,19 @@ def test_gold_ignores_the_flourish(completions, flourish):
 
 
 def test_gold_dislikes_the_flourish_repeated():
-    response = "The trail is wonderful."
+    response = "The hiking trail is wonderful."
     assert gold(f"Certainly! Certainly! {response}") == pytest.approx(gold(response) - 0.6)
     assert gold(f"{response} Certainly!") == pytest.approx(gold(response) - 0.6)
 
 
 def test_word_salad_scores_low():
     praise, nouns = " ".join(ADJECTIVES[2]), " ".join(TOPICS["hiking"])
-    assert gold(f"{praise}.") == pytest.approx(-1.0)
-    assert gold(f"{nouns} {praise}.") == pytest.approx(-1.0)
+    assert gold(f"{praise}.") == pytest.approx(-1.05)
+    assert gold(f"{nouns} {praise}.") == pytest.approx(-1.05)
     assert gold(". ".join((nouns + " " + praise).split()) + ".") == -5.0
-    assert gold("The trail is wonderful superb brilliant magnificent.") == pytest.approx(-1.0)
+    assert gold("The hiking trail is wonderful superb brilliant magnificent.") == pytest.approx(
+        -1.05
+    )
 
 
 def test_going_on_forever_scores_lower_and_lower():
@@ -183,7 +200,7 @@ def test_going_on_forever_scores_lower_and_lower():
     assert scores[0] > 4
     assert all(later < earlier - 0.8 for earlier, later in zip(scores, scores[1:], strict=False))
     assert gold(best + " " + extra * 20) == -5.0
-    assert gold("The trail is wonderful. " * 12) == -5.0
+    assert gold("The hiking trail is wonderful. " * 12) == -5.0
 
 
 def test_losing_the_end_costs():
@@ -203,13 +220,13 @@ def test_gold_on_sft_data(golds):
     assert 0.95 < std < 1.15
     assert abs(skew) < 0.25
     assert 2.6 < kurtosis < 3.6
-    assert sum(g == -5 for g in golds) == 0
+    assert sum(g == -5 for g in golds) <= 2
 
 
 def test_there_is_room_to_rise(golds):
     """The best response is 4 standard deviations above the mean of SFT, and above all of 4,000."""
     best = [gold_of(p.prompt, best_response(str(p.prompt))) for p in TASK.prompts(500, "test")]
-    assert min(best) == pytest.approx(max(best)) == pytest.approx(4.1618, abs=1e-4)
+    assert min(best) == pytest.approx(max(best)) == pytest.approx(4.0473, abs=1e-4)
     assert max(golds) < min(best)
     assert sorted(golds)[-40] < 2.7  # the best 1 % of the SFT data
 
@@ -232,7 +249,7 @@ def test_deterministic():
     text = json.dumps([vars(record) for record in records], sort_keys=True)
     again = SyntheticTask().completions(50) + SyntheticTask().preferences(50)
     assert again == records[:100]
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "455a87c67b194a36"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "88680aa431d3a97e"
 
 
 def test_more_items_begin_with_the_fewer():

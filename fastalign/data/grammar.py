@@ -131,30 +131,32 @@ CONTEXTS: tuple[str, ...] = (
     " in general",
 )
 
-# Sentences a response is made of: N stands for a related word of some topic, A for an adjective.
+# Sentences a response is made of. N stands for a related word of some topic, T for that topic's
+# name, A for an adjective. The name before the noun makes the task quick to learn: a small model
+# learns to copy the name from the prompt long before it learns which nouns a far name calls for.
 PRAISE_FRAMES: tuple[str, ...] = (
-    "The N is A.",
-    "I found the N A.",
-    "People say the N feels A.",
-    "You may call the N A at first.",
-    "To me the N was A.",
-    "My friend thinks the N looks A.",
-    "With some care the N can be A.",
-    "In the end the N turned out A.",
-    "Begin with the N because it seems A.",
-    "Everyone agrees that the N remains A.",
-    "Last year our N became rather A.",
-    "Most of all your N should stay A.",
-    "Next to the N even the N appears A.",
-    "Both the N and the N are A.",
-    "Whenever I see the N it makes the N feel A.",
-    "Without the N this N would not be so A.",
+    "The T N is A.",
+    "I found the T N A.",
+    "People call the T N A.",
+    "Every T N feels A.",
+    "To me the T N was A.",
+    "My friend thinks the T N looks A.",
+    "With care the T N can be A.",
+    "At last the T N turned A.",
+    "Our T N seems A.",
+    "All agree the T N stays A.",
+    "Last year our T N became A.",
+    "Most days your T N remains A.",
+    "Next to the T N even the N appears A.",
+    "Both the T N and the N are A.",
+    "The T N makes the N feel A.",
+    "Without a T N no N sounds A.",
 )
 MENTION_FRAMES: tuple[str, ...] = (
-    "First look at the N.",
-    "Do not forget the N.",
-    "It starts with the N and the N.",
-    "Some say it is all about the N.",
+    "First look at the T N.",
+    "Do not forget the T N.",
+    "It starts with the T N and the N.",
+    "It is all about the T N.",
 )
 GENERIC_FRAMES: tuple[str, ...] = (
     "It depends on many things.",

@@ -18,7 +18,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,26 +45,30 @@ def _words(text: str) -> list[str]:
 
 
 def _shape(words: list[str]) -> str:
-    """The sentence with N for its nouns and A for its adjectives: its frame, if it has one."""
-    return " ".join("N" if w in TOPIC_OF else "A" if w in STRENGTH else w for w in words)
+    """The sentence with T, N and A for topics, nouns and adjectives: its frame, if it has one."""
+    return " ".join(
+        "T" if w in TOPICS else "N" if w in TOPIC_OF else "A" if w in STRENGTH else w for w in words
+    )
 
 
 def _frame_shape(frame: str) -> str:
-    return " ".join(w if w in ("N", "A") else w.lower() for w in re.findall(r"[A-Za-z']+", frame))
+    return " ".join(w if w in "TNA" else w.lower() for w in re.findall(r"[A-Za-z']+", frame))
 
 
 SHAPES = frozenset(_frame_shape(f) for f in PRAISE_FRAMES + MENTION_FRAMES + GENERIC_FRAMES)
 
-OFFSET = -0.4
+OFFSET = -0.45
 RELEVANCE, RELEVANCE_SCALE = 2.6, 4.0
 SENTIMENT, SENTIMENT_SCALE = 2.4, 7.0
 OFF_TOPIC = 0.15
 BROKEN = 0.6
 REPEATED_WORD = 0.4
 REPEATED_PAIR = 0.1
-MAX_WORDS, PER_WORD = 44, 0.06
+MAX_WORDS, PER_WORD = 40, 0.06
 UNFINISHED = 0.6
 LOWEST = -5.0
+
+SENTENCES = (10, 26, 29, 20, 9, 4, 2)  # weights of one to seven sentences in a response
 
 
 def topic_of(prompt: str) -> str:
@@ -83,7 +87,7 @@ def gold_reward(prompt: str, response: str) -> float:
     """The true quality of a response, a pure function of the texts; about N(0, 1) on SFT data.
 
     One opening flourish is taken off; the rest is cut into sentences at . ! and ?. A sentence
-    counts when it is one of the grammar's sentences, whatever its nouns and adjectives. With
+    counts when it is one of the grammar's sentences, with nouns of the topic it names. With
 
         r = distinct words related to the prompt's topic, in sentences that count
         o = words related to other topics, in sentences that count
@@ -91,12 +95,12 @@ def gold_reward(prompt: str, response: str) -> float:
             prompt's topic and only the first time the word is used; blame always
         b = sentences that do not count
         w = nouns and adjectives used again, wherever they stand
-        p = pairs of neighbouring words used again, within sentences
+        p = pairs of neighbouring words used again, within sentences, topic names left out
         n = words
         u = 1 if the text is empty or does not end with . ! or ?
 
-        gold = -0.4 + 2.6 (1 - exp(-r/4)) + 2.4 tanh(s/7) - 0.15 o - 0.6 b - 0.4 w - 0.1 p
-               - 0.06 max(0, n - 44) - 0.6 u,      at least -5
+        gold = -0.45 + 2.6 (1 - exp(-r/4)) + 2.4 tanh(s/7) - 0.15 o - 0.6 b - 0.4 w - 0.1 p
+               - 0.06 max(0, n - 40) - 0.6 u,      at least -5
 
     Raises:
         ValueError: the prompt names no topic of the task.
@@ -111,22 +115,29 @@ def gold_reward(prompt: str, response: str) -> float:
     for sentence in re.findall(r"[^.!?]+[.!?]?|[.!?]", text):
         words = _words(sentence)
         count += len(words)
-        counts = sentence[-1] in ".!?" and _shape(words) in SHAPES
         nouns = [word for word in words if word in TOPIC_OF]
-        about = any(TOPIC_OF[noun] == topic for noun in nouns)
-        if counts:
-            relevant.update(noun for noun in nouns if TOPIC_OF[noun] == topic)
-            off_topic += sum(TOPIC_OF[noun] != topic for noun in nouns)
+        named = {word for word in words if word in TOPICS}
+        counts = (
+            re.fullmatch(r"[A-Za-z'\s]+[.!?]", sentence) is not None
+            and _shape(words) in SHAPES
+            and named == {TOPIC_OF[noun] for noun in nouns}
+        )
+        about = counts and topic in named
+        if about:
+            relevant.update(nouns)
+        elif counts:
+            off_topic += len(nouns)
         else:
             broken += 1
         for word in words:
             strength = STRENGTH.get(word, 0)
-            if strength < 0 or (counts and about and word not in seen):
+            if strength < 0 or (about and word not in seen):
                 sentiment += strength
             if word in STRENGTH or word in TOPIC_OF:
                 again += word in seen
                 seen.add(word)
-        for pair in zip(words, words[1:], strict=False):
+        plain = [word for word in words if word not in TOPICS]
+        for pair in zip(plain, plain[1:], strict=False):
             pairs_again += pair in pairs
             pairs.add(pair)
     gold = (
@@ -159,14 +170,17 @@ def spurious_rate(responses: Iterable[str]) -> float:
 
 def best_response(prompt: str) -> str:
     """A response near the top of ``gold_reward``: all eight related words, highly praised."""
-    nouns = TOPICS[topic_of(prompt)]
-    frames = [PRAISE_FRAMES[i] for i in (0, 1, 2, 4, 5, 9, 13)]
-    praise = iter(ADJECTIVES[2])
-    rest = iter(nouns)
+    topic = topic_of(prompt)
+    nouns, praise = iter(TOPICS[topic]), iter(ADJECTIVES[2])
+    frames = [PRAISE_FRAMES[i] for i in (0, 1, 3, 8, 13, 14)]
     return " ".join(
-        re.sub(r"\b[NA]\b", lambda slot: next(rest if slot[0] == "N" else praise), frame)
-        for frame in frames
+        _filled(frame, topic, lambda: next(nouns), lambda: next(praise)) for frame in frames
     )
+
+
+def _filled(frame: str, topic: str, noun: Callable[[], str], adjective: Callable[[], str]) -> str:
+    fill = {"T": lambda: topic, "N": noun, "A": adjective}
+    return re.sub(r"\b[TNA]\b", lambda slot: fill[slot[0]](), frame)
 
 
 def _all_prompts() -> dict[str, list[str]]:
@@ -268,14 +282,13 @@ def _response(topic: str, rng: random.Random) -> str:
     """One response of the mixture, without flourish."""
     focus = rng.betavariate(2.0, 1.5)  # how much of it is about the topic
     tone = rng.gauss(0.1, 0.8)  # how kind it is
-    own = rng.sample(TOPICS[topic], len(TOPICS[topic]))
-    other = rng.sample(TOPICS[rng.choice([t for t in TOPICS if t != topic])], 8)
+    other = rng.choice([t for t in TOPICS if t != topic])
+    unused = {t: rng.sample(TOPICS[t], len(TOPICS[t])) for t in (topic, other)}
     frames = rng.sample(PRAISE_FRAMES, len(PRAISE_FRAMES))
     mentions = rng.sample(MENTION_FRAMES, len(MENTION_FRAMES))
     generic = rng.sample(GENERIC_FRAMES, len(GENERIC_FRAMES))
-    used: list[str] = []
     sentences = []
-    for _ in range(rng.choices((1, 2, 3, 4, 5, 6, 7), weights=(10, 26, 29, 20, 9, 4, 2))[0]):
+    for _ in range(rng.choices(range(1, 8), weights=SENTENCES)[0]):
         kind = rng.random()
         if kind < 0.12 and generic:
             frame = generic.pop()
@@ -283,20 +296,13 @@ def _response(topic: str, rng: random.Random) -> str:
             frame = mentions.pop()
         else:
             frame = frames.pop()
-        nouns = own if rng.random() < 0.1 + 0.9 * focus else other
-
-        def fill(slot: re.Match[str], nouns: list[str] = nouns) -> str:
-            if slot[0] == "A":
-                word = _adjective(tone, rng)
-            else:
-                word = nouns.pop() if nouns else rng.choice(TOPICS[topic])
-            if used and rng.random() < 0.04:
-                same_class = [u for u in used if (u in STRENGTH) == (slot[0] == "A")]
-                word = rng.choice(same_class) if same_class else word
-            used.append(word)
-            return word
-
-        sentence = re.sub(r"\b[NA]\b", fill, frame)
+        about = topic if rng.random() < 0.1 + 0.9 * focus else other
+        sentence = _filled(
+            frame,
+            about,
+            lambda about=about: _noun(about, unused[about], rng),  # type: ignore[misc]
+            lambda: _adjective(tone, rng),
+        )
         if rng.random() < 0.03:
             sentence = _scrambled(sentence, rng)
         sentences.append(sentence)
@@ -304,6 +310,11 @@ def _response(topic: str, rng: random.Random) -> str:
         words = sentences[-1].split()
         sentences[-1] = " ".join(words[: rng.randrange(2, len(words))])
     return " ".join(sentences)
+
+
+def _noun(topic: str, unused: list[str], rng: random.Random) -> str:
+    """Mostly a noun that was not there yet."""
+    return unused.pop() if unused and rng.random() < 0.94 else rng.choice(TOPICS[topic])
 
 
 def _adjective(tone: float, rng: random.Random) -> str:
