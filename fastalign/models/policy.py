@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import ops
+from fastalign.models import scratch
 from fastalign.models.attention import NAME, packed_hidden, register
-from fastalign.models.scratch import scratch_config
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -88,8 +88,7 @@ class Policy(nn.Module):
         from transformers import AutoModelForCausalLM
 
         if source.startswith("scratch:"):
-            config = scratch_config(source, tokenizer, max_length)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            model = scratch.build(source, tokenizer, max_length, AutoModelForCausalLM)
         else:
             try:
                 model = AutoModelForCausalLM.from_pretrained(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import ops
+from fastalign.models import scratch
 from fastalign.models.attention import NAME, packed_hidden, register
-from fastalign.models.scratch import scratch_config
 from fastalign.ops.reward_heads import reduce_scores
 
 STATISTICS = ("mean", "min", "lcb", "uwo", "median")
@@ -91,9 +91,7 @@ class RewardEnsemble(nn.Module):
         from transformers import AutoModel
 
         if source.startswith("scratch:"):
-            encoder = AutoModel.from_config(
-                scratch_config(source, tokenizer, max_length), attn_implementation="sdpa"
-            )
+            encoder = scratch.build(source, tokenizer, max_length, AutoModel)
         else:
             encoder = _load_encoder(source)
         if encoder.config.vocab_size < len(tokenizer):
