@@ -4,8 +4,10 @@
 // first sees a function, before it is inlined anywhere.
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <string>
 
 namespace fastalign {
 
@@ -51,9 +53,16 @@ namespace fastalign {
 
 enum class Isa { portable, avx2, avx512 };
 
+// The environment variable FASTALIGN_ISA (portable, avx2) asks for a lesser set than the processor has: this is how
+// one machine tests all of them.
 inline Isa best_isa() {
 #ifdef FASTALIGN_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const char* named = std::getenv("FASTALIGN_ISA");
+  const std::string asked = named ? named : "";
+  if (asked == "portable") {
+    return Isa::portable;
+  }
+  if (asked != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return Isa::avx512;
   }

@@ -444,6 +444,26 @@ def test_autocast_is_followed() -> None:
         assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
+def test_inside_a_compiled_function() -> None:
+    hidden, weight, targets, inputs = make()
+
+    def f(h: Tensor, w: Tensor) -> Tensor:
+        return 2.0 * linear_loss(h * 1.5, w, targets, policy_loss, inputs).loss
+
+    compiled = torch.compile(f, backend="aot_eager")
+    plain = gradients(f(hidden, weight), hidden, weight)
+    for got, want in zip(gradients(compiled(hidden, weight), hidden, weight), plain, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_second_derivatives_are_refused() -> None:
+    hidden, weight, targets, _ = make()
+    loss = linear_loss(hidden, weight, targets, likelihood).loss * weight.sum()
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_hand_worked_likelihood() -> None:
     """One token, hidden 1, weights 0 and ln 3: p = (1/4, 3/4), target 1, loss = -ln(3/4).
 
@@ -488,6 +508,8 @@ def bad_cases() -> dict[str, tuple[dict[str, Any], str]]:
         ),
         "weight": (dict(weight=torch.zeros(7, 6)), r"\(4, 5\) and \(7, 6\)"),
         "workspace": (dict(workspace=1), "workspace >= 28 bytes"),
+        "normalizer": (dict(normalizer=0), "normalizer > 0, got 0"),
+        "normalizer shape": (dict(normalizer=torch.ones(4)), r"0-d tensor, got shape \(4,\)"),
     }
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,7 +228,32 @@ def test_a_row_does_not_depend_on_its_neighbours(backend: str) -> None:
     assert torch.equal(together, alone)
 
 
-def test_the_three_ops_pass_opcheck() -> None:
+ISA_PROGRAM = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_token_logprobs import DTYPES, adversarial_logits, compare, peaked_logits
+for dtype in DTYPES:
+    compare("cpp", *peaked_logits(4, 1031, dtype=dtype), 0.5 + torch.rand(4), 5.0)
+    for logits, targets in adversarial_logits(75, dtype).values():
+        compare("cpp", logits, targets, torch.ones(1))
+print("passed")
+"""
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set(isa: str) -> None:
+    """The processor here may take another one: the others run in processes told to use them."""
+    done = subprocess.run(
+        [sys.executable, "-c", ISA_PROGRAM, Path(__file__).parent],
+        env=os.environ | {"FASTALIGN_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "passed\n", done.stderr
+
+
+def test_the_ops_pass_opcheck() -> None:
     logits, targets = peaked_logits(3, 11)
     targets[1] = -100
     temperature = torch.ones(1)

@@ -24,11 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastalign.ops.linear_logprobs import linear_logprobs_reference
 from fastalign.ops.plan import Plan, plan
 from fastalign.ops.slab import (
     IGNORE_NOTHING,
+    Groups,
     HeadGradients,
     Rows,
     check_head,
@@ -105,35 +107,13 @@ class _Call:
     metrics: dict[str, Tensor]  # filled by the run
 
 
-class _Groups:
-    """Where the groups begin among the kept rows, on the host."""
-
-    def __init__(self, cu_seqlens: Tensor, rows: Rows) -> None:
-        bounds = cu_seqlens
-        if rows.index is not None:
-            bounds = torch.searchsorted(rows.index, cu_seqlens.to(rows.index.dtype))
-        self.tensor = bounds.to(torch.int64)
-        self.bounds: list[int] = self.tensor.tolist()
-        self.count = len(self.bounds) - 1
-        self.longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
-
-    def slabs(self, size: int) -> list[tuple[int, int]]:
-        """Ranges of groups, each of at most ``size`` rows in all (or one group)."""
-        cuts, first = [], 0
-        for group in range(1, self.count + 1):
-            if group == self.count or self.bounds[group + 1] - self.bounds[first] > size:
-                cuts.append((first, group))
-                first = group
-        return cuts
-
-
 class _Run:
     """Walks the slabs and collects losses and gradients."""
 
     def __init__(self, call: _Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.call, self.hidden, self.weight, self.bias = call, hidden, weight, bias
         self.rows = Rows(call.targets, call.ignore_index)
-        self.groups = None if call.groups is None else _Groups(call.groups, self.rows)
+        self.groups = None if call.groups is None else Groups(call.groups, self.rows)
         need_hidden, need_weight, need_bias = call.need
         self.plan: Plan = plan(
             self.rows.count,
@@ -324,6 +304,7 @@ class _LinearLoss(torch.autograd.Function):
         return run.total, logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         grads = ctx.saved_tensors
         # On a CPU looking at the factor is free, and multiplying dW by one is not.
@@ -393,6 +374,15 @@ def linear_loss(
     check_head(op, hidden, weight, bias)
     check_targets(op, targets, hidden.shape[:1], hidden.device)
     _check_inputs(inputs, hidden, groups)
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(
+                f"{op}: expected normalizer as a number or a 0-d tensor, "
+                f"got shape {tuple(normalizer.shape)}"
+            )
+        normalizer = normalizer.detach()
+    elif normalizer is not None and not normalizer > 0:
+        raise ValueError(f"{op}: expected normalizer > 0, got {normalizer}")
     grad = torch.is_grad_enabled()
     learned = tuple(
         name for name, x in inputs.items() if grad and isinstance(x, Tensor) and x.requires_grad
@@ -405,7 +395,7 @@ def linear_loss(
         loss=loss,
         inputs=inputs,
         learned=learned,
-        normalizer=normalizer.detach() if isinstance(normalizer, Tensor) else normalizer,
+        normalizer=normalizer,
         groups=groups,
         workspace=workspace,
         need=(

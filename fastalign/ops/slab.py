@@ -46,6 +46,29 @@ class Rows:
         return x.new_zeros(self.total, *x.shape[1:]).index_copy_(0, self.index, x)
 
 
+class Groups:
+    """Where the groups of ``cu_seqlens`` begin among the kept rows, known to the host (which waits
+    for a CUDA device here)."""
+
+    def __init__(self, cu_seqlens: Tensor, rows: Rows) -> None:
+        bounds = cu_seqlens.to(torch.int64)
+        if rows.index is not None:
+            bounds = torch.searchsorted(rows.index, bounds)
+        self.tensor = bounds
+        self.bounds: list[int] = bounds.tolist()
+        self.count = len(self.bounds) - 1
+        self.longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+
+    def slabs(self, size: int) -> list[tuple[int, int]]:
+        """Ranges of groups, each of at most ``size`` rows in all (or one group)."""
+        cuts, first = [], 0
+        for group in range(1, self.count + 1):
+            if group == self.count or self.bounds[group + 1] - self.bounds[first] > size:
+                cuts.append((first, group))
+                first = group
+        return cuts
+
+
 def slab_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out [C, V] = hidden [C, H] @ weight [V, H]^T (+ bias [V])."""
     if bias is None:
