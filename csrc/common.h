@@ -26,26 +26,32 @@ struct Float16 {
 #endif
 
 #define FASTALIGN_ISA portable
+#define FASTALIGN_BYTES 16
 #include "lanes.h"
 #include FASTALIGN_ROWS
 #undef FASTALIGN_ISA
+#undef FASTALIGN_BYTES
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTALIGN_X86 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define FASTALIGN_ISA avx2
+#define FASTALIGN_BYTES 32
 #include "lanes.h"
 #include FASTALIGN_ROWS
 #undef FASTALIGN_ISA
+#undef FASTALIGN_BYTES
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #define FASTALIGN_ISA avx512
+#define FASTALIGN_BYTES 64
 #include "lanes.h"
 #include FASTALIGN_ROWS
 #undef FASTALIGN_ISA
+#undef FASTALIGN_BYTES
 #pragma GCC pop_options
 #endif
 

@@ -1,12 +1,13 @@
-// Sixteen float lanes: loads and stores of float32, bfloat16 and float16, exp and tanh. No include guard: common.h
-// includes it once per instruction set, with FASTALIGN_ISA as the namespace.
+// Float lanes, as many as one register holds: loads and stores of float32, bfloat16 and float16, exp and tanh. No
+// include guard: common.h includes it once per instruction set, with FASTALIGN_ISA as the namespace and the bytes of a
+// register in FASTALIGN_BYTES (GCC takes wider vectors too, but works some operations on them off lane by lane).
 namespace fastalign::FASTALIGN_ISA {
 
-constexpr int64_t kLanes = 16;
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t IntLanes __attribute__((vector_size(64)));
-typedef uint32_t WordLanes __attribute__((vector_size(64)));
-typedef uint16_t HalfWordLanes __attribute__((vector_size(32)));
+constexpr int64_t kLanes = FASTALIGN_BYTES / 4;
+typedef float Lanes __attribute__((vector_size(FASTALIGN_BYTES)));
+typedef int32_t IntLanes __attribute__((vector_size(FASTALIGN_BYTES)));
+typedef uint32_t WordLanes __attribute__((vector_size(FASTALIGN_BYTES)));
+typedef uint16_t HalfWordLanes __attribute__((vector_size(FASTALIGN_BYTES / 2)));
 
 #define FASTALIGN_INLINE static inline __attribute__((always_inline))
 
@@ -63,7 +64,7 @@ FASTALIGN_INLINE void store(Float16* p, Lanes x) {
   store_words(p, bits | sign);
 }
 
-// The first n < 16 elements; the other lanes hold zeros.
+// The first n < kLanes elements; the other lanes hold zeros.
 template <typename T>
 FASTALIGN_INLINE Lanes load_some(const T* p, int64_t n) {
   T buffer[kLanes] = {};
@@ -80,7 +81,8 @@ FASTALIGN_INLINE void store_some(T* p, Lanes x, int64_t n) {
 
 // Lanes from n on become -infinity.
 FASTALIGN_INLINE Lanes mask_tail(Lanes x, int64_t n) {
-  const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  IntLanes lane = {};
+  for (int32_t i = 0; i < kLanes; ++i) lane[i] = i;
   return lane < (int32_t)n ? x : broadcast(-std::numeric_limits<float>::infinity());
 }
 
