@@ -41,13 +41,16 @@ using torch::stable::Tensor;
 // Logits that one thread should have before a second one is worth waking.
 constexpr int64_t kLogitsPerTask = 16384;
 
-// What both kernels read: one row after the other, the columns of a row side by side.
+// What both kernels read: [count, vocab], or [outer, inner, vocab] with strides of its own (a slice of a batch), the
+// columns of a row side by side. Strides in bytes.
 struct Rows {
   const char* logits;
   const int64_t* targets;
   const float* temperature;
-  int64_t count, vocab, stride, temperature_stride, ignore_index;
+  int64_t count, inner, vocab, outer_stride, stride, temperature_stride, ignore_index;
   float softcap;
+
+  const char* row(int64_t i) const { return logits + i / inner * outer_stride + i % inner * stride; }
 
   RowSettings settings(int64_t row) const {
     const float t = temperature[row * temperature_stride];
@@ -57,7 +60,7 @@ struct Rows {
 
 Rows rows_of(const char* op, const Tensor& logits, const Tensor& targets, const Tensor& temperature,
              double softcap, int64_t ignore_index) {
-  const int64_t count = logits.size(0), vocab = logits.size(1);
+  const int64_t last = logits.dim() - 1, vocab = logits.size(last), count = targets.size(0);
   const int64_t* y = static_cast<const int64_t*>(targets.const_data_ptr());
   for (int64_t row = 0; row < count; ++row) {
     STD_TORCH_CHECK(y[row] == ignore_index || (y[row] >= 0 && y[row] < vocab), op,
@@ -69,15 +72,19 @@ Rows rows_of(const char* op, const Tensor& logits, const Tensor& targets, const 
           y,
           static_cast<const float*>(temperature.const_data_ptr()),
           count,
+          std::max<int64_t>(1, logits.size(last - 1)),
           vocab,
-          logits.stride(0) * bytes,
+          last == 2 ? logits.stride(0) * bytes : 0,
+          logits.stride(last - 1) * bytes,
           temperature.numel() == 1 ? 0 : 1,
           ignore_index,
           static_cast<float>(softcap)};
 }
 
 Tensor with_dense_rows(const Tensor& logits) {
-  return logits.stride(1) == 1 || logits.size(1) == 1 ? logits : torch::stable::contiguous(logits);
+  const int64_t last = logits.dim() - 1;
+  return logits.stride(last) == 1 || logits.size(last) == 1 ? logits
+                                                            : torch::stable::contiguous(logits);
 }
 
 int64_t rows_per_task(int64_t vocab) { return std::max<int64_t>(1, kLogitsPerTask / vocab); }
@@ -88,7 +95,7 @@ void stats_of_rows(const Rows& rows, float* logp, float* entropy, float* row_max
     for (int64_t row = first; row < last; ++row) {
       RowStats stats{0.0f, 0.0f, 0.0f, 0.0f};
       if (rows.targets[row] != rows.ignore_index) {
-        FASTALIGN_CALL(row_stats<T>, rows.logits + row * rows.stride, rows.vocab, rows.targets[row],
+        FASTALIGN_CALL(row_stats<T>, rows.row(row), rows.vocab, rows.targets[row],
                        rows.settings(row), &stats);
       }
       logp[row] = stats.logp;
@@ -134,10 +141,10 @@ struct GradientInputs {
 };
 
 template <typename T>
-void dlogits_of_rows(const Rows& rows, const GradientInputs& in, char* out, int64_t out_stride) {
+void dlogits_of_rows(const Rows& rows, const GradientInputs& in, char* out) {
   const auto body = [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      char* to = out + row * out_stride;
+      char* to = out + row * rows.vocab * static_cast<int64_t>(sizeof(T));
       if (rows.targets[row] == rows.ignore_index) {
         std::memset(to, 0, rows.vocab * sizeof(T));
         continue;
@@ -145,14 +152,14 @@ void dlogits_of_rows(const Rows& rows, const GradientInputs& in, char* out, int6
       const RowGradient gradient{in.grad_logp[row], in.grad_entropy ? in.grad_entropy[row] : 0.0f,
                                  in.logp[row], in.entropy[row], in.row_max[row],
                                  in.log_sum[row]};
-      FASTALIGN_CALL(dlogits<T>, to, rows.logits + row * rows.stride, rows.vocab, rows.targets[row],
+      FASTALIGN_CALL(dlogits<T>, to, rows.row(row), rows.vocab, rows.targets[row],
                      rows.settings(row), in.grad_entropy != nullptr, gradient);
     }
   };
   torch::stable::parallel_for(0, rows.count, rows_per_task(rows.vocab), body);
 }
 
-// `out` may be `logits`; its rows are dense.
+// `out` is contiguous and may be `logits`.
 void dlogits_cpu(Tensor out, const Tensor& grad_logp_in, const std::optional<Tensor>& grad_entropy_in,
                  const Tensor& logits_in, const Tensor& targets_in, const Tensor& temperature_in,
                  double softcap, int64_t ignore_index, const Tensor& logp_in,
@@ -169,21 +176,20 @@ void dlogits_cpu(Tensor out, const Tensor& grad_logp_in, const std::optional<Ten
   const Tensor row_max = torch::stable::contiguous(row_max_in);
   const Tensor log_sum = torch::stable::contiguous(log_sum_in);
   const Rows rows = rows_of("dlogits", logits, targets, temperature, softcap, ignore_index);
-  STD_TORCH_CHECK(out.stride(1) == 1 || rows.vocab == 1, "dlogits: expected out with dense rows");
+  STD_TORCH_CHECK(out.is_contiguous(), "dlogits: expected contiguous out");
   const auto floats = [](const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); };
   const GradientInputs in{floats(grad_logp), has_entropy ? floats(grad_entropy) : nullptr,
                           floats(logp), floats(entropy), floats(row_max), floats(log_sum)};
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t stride = out.stride(0) * static_cast<int64_t>(out.element_size());
   switch (logits.scalar_type()) {
     case ScalarType::Float:
-      dlogits_of_rows<float>(rows, in, to, stride);
+      dlogits_of_rows<float>(rows, in, to);
       break;
     case ScalarType::BFloat16:
-      dlogits_of_rows<fastalign::Bfloat16>(rows, in, to, stride);
+      dlogits_of_rows<fastalign::Bfloat16>(rows, in, to);
       break;
     case ScalarType::Half:
-      dlogits_of_rows<fastalign::Float16>(rows, in, to, stride);
+      dlogits_of_rows<fastalign::Float16>(rows, in, to);
       break;
     default:
       STD_TORCH_CHECK(false, "dlogits: expected float32, bfloat16 or float16 logits on CPU");

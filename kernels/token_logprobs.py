@@ -1,4 +1,4 @@
-"""Row kernels on logits [N, V]; formulas and names: fastalign/ops/token_logprobs.py.
+"""Row kernels on logits [N, V] or [B, T, V]; formulas: fastalign/ops/token_logprobs.py.
 
 ``_row_stats_kernel``: one program per row, one read of the row (online softmax with entropy).
 ``_dlogits_kernel``: one program per row and block of columns, one read and one write, in place or
@@ -44,9 +44,9 @@ def _one_minus_exp(x):
     return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
 
-@triton.jit(do_not_specialize=["stride_temperature", "ignore_index"])
+@triton.jit(do_not_specialize=["steps", "stride_temperature", "ignore_index"])
 def _row_stats_kernel(
-    logits_ptr,  # [N, V]
+    logits_ptr,  # [N / steps, steps, V]
     targets_ptr,  # [N] int64
     temperature_ptr,  # [1] or [N] float32
     logp_ptr,  # [N] float32, as all below
@@ -54,7 +54,9 @@ def _row_stats_kernel(
     row_max_ptr,
     log_sum_ptr,
     vocab,
-    stride_logits_n,
+    steps,
+    stride_logits_b,
+    stride_logits_t,
     stride_temperature,
     softcap,
     ignore_index,
@@ -71,7 +73,7 @@ def _row_stats_kernel(
         return
     temperature = tl.load(temperature_ptr + row * stride_temperature)
     inverse_temperature = 1.0 / temperature
-    x_ptr = logits_ptr + row * stride_logits_n
+    x_ptr = logits_ptr + row // steps * stride_logits_b + row % steps * stride_logits_t
     m = float("-inf")
     sums = tl.zeros([BLOCK_V], tl.float32)
     dots = tl.zeros([BLOCK_V], tl.float32)
@@ -108,21 +110,22 @@ def _row_stats_kernel(
     tl.store(log_sum_ptr + row, log_sum)
 
 
-@triton.jit(do_not_specialize=["stride_temperature", "ignore_index"])
+@triton.jit(do_not_specialize=["steps", "stride_temperature", "ignore_index"])
 def _dlogits_kernel(
     grad_logp_ptr,  # [N] float32
     grad_entropy_ptr,  # [N] float32, not read without HAS_ENTROPY
-    logits_ptr,  # [N, V]
+    logits_ptr,  # [N / steps, steps, V]
     targets_ptr,  # [N] int64
     temperature_ptr,  # [1] or [N] float32
     logp_ptr,  # [N] float32, as all below
     entropy_ptr,
     row_max_ptr,
     log_sum_ptr,
-    out_ptr,  # [N, V], may be logits
+    out_ptr,  # [N, V] contiguous, may be logits
     vocab,
-    stride_logits_n,
-    stride_out_n,
+    steps,
+    stride_logits_b,
+    stride_logits_t,
     stride_temperature,
     softcap,
     ignore_index,
@@ -133,7 +136,7 @@ def _dlogits_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = columns < vocab
-    out = out_ptr + row * stride_out_n + columns
+    out = out_ptr + row * vocab + columns
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
         tl.store(out, tl.zeros([BLOCK_V], out_ptr.dtype.element_ty), mask=inside)
@@ -142,7 +145,8 @@ def _dlogits_kernel(
     g = tl.load(grad_logp_ptr + row)
     row_max = tl.load(row_max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
-    u = tl.load(logits_ptr + row * stride_logits_n + columns, mask=inside, other=0.0).to(tl.float32)
+    x_ptr = logits_ptr + row // steps * stride_logits_b + row % steps * stride_logits_t
+    u = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         u = _soft_capped(u, softcap)
     log_p = (u - row_max) * inverse_temperature - log_sum
@@ -160,7 +164,13 @@ def _dlogits_kernel(
 
 
 def _dense_rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _steps_and_strides(logits: Tensor) -> tuple[int, int, int]:
+    """How row i is found: row i % steps of batch i // steps, and the strides of both."""
+    outer = logits.stride(0) if logits.dim() == 3 else 0
+    return logits.shape[-2], outer, logits.stride(-2)
 
 
 def row_stats_fwd(
@@ -168,7 +178,7 @@ def row_stats_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, targets = _dense_rows(logits), targets.contiguous()
     temperature = temperature.contiguous()
-    n, vocab = logits.shape
+    n, vocab = targets.numel(), logits.shape[-1]
     stats = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(4)]
     if n > 0:
         with torch.cuda.device_of(logits):
@@ -178,7 +188,7 @@ def row_stats_fwd(
                 temperature,
                 *stats,
                 vocab,
-                logits.stride(0),
+                *_steps_and_strides(logits),
                 0 if temperature.numel() == 1 else 1,
                 softcap,
                 ignore_index,
@@ -206,7 +216,7 @@ def dlogits_fwd(
     logits, targets = _dense_rows(logits), targets.contiguous()
     temperature = temperature.contiguous()
     grad_logp = grad_logp.contiguous()
-    n, vocab = logits.shape
+    n, vocab = targets.numel(), logits.shape[-1]
     if n == 0:
         return
     with torch.cuda.device_of(logits):
@@ -222,8 +232,7 @@ def dlogits_fwd(
             log_sum.contiguous(),
             out,
             vocab,
-            logits.stride(0),
-            out.stride(0),
+            *_steps_and_strides(logits),
             0 if temperature.numel() == 1 else 1,
             softcap,
             ignore_index,

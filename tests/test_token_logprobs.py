@@ -192,6 +192,25 @@ def test_non_contiguous_and_many_dimensions(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_a_slice_of_a_batch_is_read_where_it_lies(backend: str) -> None:
+    """logits[:, :-1] against targets[:, 1:], the usual shift, gives the same bits as its copy."""
+    device = device_of(backend)
+    logits, targets = peaked_logits(12, 33, device=device)
+    whole = logits.reshape(3, 4, 33).clone().requires_grad_()
+    y = targets.reshape(3, 4)[:, 1:]
+    y[1, 1] = -100
+    results = []
+    for x in (whole[:, :-1], whole[:, :-1].contiguous()):
+        with fa.backend(backend):
+            logp, entropy = token_logprobs(x, y, return_entropy=True)
+            (dx,) = torch.autograd.grad((logp * 2.0 - entropy).sum(), whole)
+        results.append((logp, entropy, dx))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+    assert dx[:, -1].abs().max() == 0.0 and dx[:, :-1].abs().max() > 0.0
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)], ids=str)
 def test_no_tokens(backend: str, shape: tuple[int, ...]) -> None:
     device = device_of(backend)
@@ -262,6 +281,9 @@ def test_the_ops_pass_opcheck() -> None:
     stats = row_stats(*args)
     g = torch.ones(3)
     rest = tuple(x.detach() for x in stats)
+    batch = logits.detach().reshape(1, 3, 11).requires_grad_()
+    torch.library.opcheck(row_stats, (batch, *args[1:]))
+    torch.library.opcheck(dlogits, (g, g, batch.detach(), *args[1:], *rest))
     torch.library.opcheck(dlogits, (g, g, logits.detach(), *args[1:], *rest))
     torch.library.opcheck(dlogits, (g, None, logits.detach(), *args[1:], *rest))
 

@@ -48,7 +48,7 @@ def row_stats_reference(
     """The formulas above in plain PyTorch, differentiable by autograd in ``logits``.
 
     Args:
-        logits: [N, V] any float dtype.
+        logits: [N, V], or [B, T, V] with B * T = N, any float dtype.
         targets: [N] int64; a row whose target is ``ignore_index`` gives zeros.
         temperature: [1] or [N], positive.
         softcap: the c of the formula; 0 means none.
@@ -58,7 +58,8 @@ def row_stats_reference(
             logarithms.
     """
     kept = targets != ignore_index
-    u = logits.to(accumulation_dtype(logits.dtype)).masked_fill(~kept[:, None], 0.0)
+    u = logits.reshape(len(targets), logits.shape[-1]).to(accumulation_dtype(logits.dtype))
+    u = u.masked_fill(~kept[:, None], 0.0)
     if softcap:
         u = softcap * torch.tanh(u / softcap)
     row_max = u.detach().amax(-1)
@@ -90,9 +91,10 @@ def dlogits_reference(
     row_max: Tensor,
     log_sum: Tensor,
 ) -> Tensor:
-    """dL/dlogits [N, V] by the closed form above, in ``logits``' dtype."""
+    """dL/dlogits by the closed form above, in ``logits``' shape and dtype."""
     kept = targets != ignore_index
-    u = logits.to(accumulation_dtype(logits.dtype)).masked_fill(~kept[:, None], 0.0)
+    u = logits.reshape(len(targets), logits.shape[-1]).to(accumulation_dtype(logits.dtype))
+    u = u.masked_fill(~kept[:, None], 0.0)
     if softcap:
         u = softcap * torch.tanh(u / softcap)
     log_p = (u - row_max[:, None]) / temperature[:, None] - log_sum[:, None]
@@ -106,7 +108,7 @@ def dlogits_reference(
     dz = dz / temperature[:, None]
     if softcap:
         dz = dz * (1.0 - (u / softcap) ** 2)
-    return dz.masked_fill(~kept[:, None], 0.0).to(logits.dtype)
+    return dz.masked_fill(~kept[:, None], 0.0).to(logits.dtype).reshape(logits.shape)
 
 
 @torch.library.custom_op("fastalign::row_stats", mutates_args=())
@@ -129,8 +131,8 @@ def row_stats(
 def _(
     logits: Tensor, targets: Tensor, temperature: Tensor, softcap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, dtype = logits.shape[:1], accumulation_dtype(logits.dtype)
-    one = torch.empty(shape, dtype=dtype, device=logits.device)
+    dtype = accumulation_dtype(logits.dtype)
+    one = torch.empty(targets.shape, dtype=dtype, device=logits.device)
     return one, torch.empty_like(one), torch.empty_like(one), torch.empty_like(one)
 
 
@@ -148,7 +150,7 @@ def dlogits_out(
     row_max: Tensor,
     log_sum: Tensor,
 ) -> None:
-    """Writes dL/dlogits into ``out`` [N, V], which may be ``logits`` itself."""
+    """Writes dL/dlogits into ``out``, contiguous, which may be ``logits`` itself."""
     args = (
         grad_logp,
         grad_entropy,
@@ -340,7 +342,8 @@ def token_logprobs(
         )
     check_targets(op, targets, logits.shape[:-1], logits.device)
     scale = temperature_tensor(op, temperature, logits, targets.shape)
-    rows = logits.reshape(targets.numel(), logits.shape[-1])
+    # [B, T, V] stays as it is: a slice logits[:, :-1] would be copied whole to become [N, V].
+    rows = logits if logits.dim() == 3 else logits.reshape(targets.numel(), logits.shape[-1])
     logp, entropy, _, _ = row_stats(rows, targets.reshape(-1), scale, 0.0, ignore_index)
     logp = logp.reshape(targets.shape)
     return (logp, entropy.reshape(targets.shape)) if return_entropy else logp
