@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 
 DEFAULT_WORKSPACE = 1 << 30
-# On a CPU a slab of 256 rows already runs the products at full speed, and stays near the caches.
+# On a CPU a slab of 256 float32 rows already runs the products at full speed, and stays near the
+# caches. Narrow dtypes want one slab: over several, the weight's gradient is summed from widened
+# operands, because CPU products of narrow operands cannot return float32.
 CPU_SLAB = 256
 
 
@@ -87,9 +89,12 @@ def plan(
         )
     fits = budget // row
     on_cpu = torch.device(device).type == "cpu"
-    slab = _round_down(min(fits, CPU_SLAB) if on_cpu else fits, 16 if on_cpu else 128)
-    why = f"{CPU_SLAB} rows keep a CPU busy" if on_cpu and fits >= CPU_SLAB else ""
-    why = why or f"{fits} rows of logits fit in the workspace of {budget / 2**20:.1f} MiB"
+    own_dtype = dtype in (torch.float32, torch.float64)
+    near_caches = on_cpu and own_dtype and fits >= CPU_SLAB
+    slab = CPU_SLAB if near_caches else _round_down(fits, 16 if on_cpu else 128)
+    why = f"{fits} rows of logits fit in the workspace of {budget / 2**20:.1f} MiB"
+    if near_caches:
+        why = f"{CPU_SLAB} rows keep a CPU busy"
     slab = max(1, min(slab, tokens))
     need_grad = hidden_grad or weight_grad
     gemms = 1 + hidden_grad + weight_grad
@@ -110,7 +115,6 @@ def plan(
             held = slab = longest_group
             why = f"the longest group has {longest_group} tokens"
     slabs = -(-tokens // slab)
-    own_dtype = dtype in (torch.float32, torch.float64)
     accumulator = 0 if own_dtype or not weight_grad or slabs <= 1 else 4 * vocab * width
     return Plan(
         mode=mode,

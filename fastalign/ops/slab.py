@@ -17,6 +17,7 @@ from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 # Stands for "no row is ignored" where an op wants an integer (32 bits, as -100): no target is this
 # small.
 IGNORE_NOTHING = -(1 << 31)
+WIDENED_BYTES = 16 << 20
 
 
 class Rows:
@@ -131,9 +132,13 @@ class HeadGradients:
             torch.addmm(out, dz.t(), hidden, out_dtype=out.dtype, beta=beta, out=out)
         else:
             # CPU products of narrow operands can only return narrow results, and rounding each
-            # slab's part before adding it would bias the sum: widen the operands instead.
+            # slab's part before adding it would bias the sum: widen the operands instead, some
+            # columns at a time.
             wide = hidden.to(out.dtype)
-            torch.addmm(out, dz.to(out.dtype).t(), wide, beta=0.0 if self.first else 1.0, out=out)
+            columns = max(1, WIDENED_BYTES // (4 * max(1, len(dz))))
+            for rows, part in zip(out.split(columns), dz.split(columns, dim=1), strict=True):
+                beta = 0.0 if self.first else 1.0
+                torch.addmm(rows, part.to(out.dtype).t(), wide, beta=beta, out=rows)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         dweight, dbias = self.dweight, self.dbias
