@@ -77,6 +77,13 @@ def test_kernels_against_float64(backend: str, shape: tuple[int, int], dtype: to
     compare(backend, logits, targets, torch.full((1,), 0.7))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 128_256), (70_000, 5)], ids=["long rows", "many rows"])
+def test_cpp_at_real_lengths(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    logits, targets = peaked_logits(*shape, dtype=dtype)
+    compare("cpp", logits, targets, torch.full((1,), 1.3))
+
+
 @pytest.mark.parametrize("softcap", [0.0, 5.0], ids=["no cap", "cap"])
 @pytest.mark.parametrize("with_entropy", [True, False], ids=["entropy", "no entropy"])
 @pytest.mark.parametrize("backend", KERNELS)

@@ -255,6 +255,19 @@ def linear_logprobs(
     return_entropy: Literal[True],
     workspace: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int | None = ...,
+    return_entropy: bool,
+    workspace: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,

@@ -305,6 +305,15 @@ def token_logprobs(
     ignore_index: int = ...,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    ignore_index: int = ...,
+    return_entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,
