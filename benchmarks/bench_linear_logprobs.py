@@ -71,7 +71,7 @@ def bench(n: int, width: int, vocab: int, options: Any) -> list[dict[str, Any]]:
     chunked = trl_logprobs()
     if chunked is not None:
         runs["both, TRL ChunkedLogProbFunction"] = (
-            step(lambda x, y: chunked.apply(x, y, None, targets, 1.0)[0]),
+            step(lambda x, y: chunked.apply(x, y, None, targets, 1.0, 8192, None, 1.0, ())[0]),
             3,
         )
     taken = medians({k: run for k, (run, _) in runs.items()}, options.device, options.repeats)

@@ -220,7 +220,7 @@ class _Run:
                 f"linear_loss: expected loss to return one value per {per}, shape {expected}, "
                 f"got {got}"
             )
-        self.total += values.detach().sum() / self.normalizer
+        self.total += values.detach().sum(dtype=self.total.dtype) / self.normalizer
         if not wanted or not values.requires_grad:
             return torch.zeros_like(logp), None
         if not self.checked:
