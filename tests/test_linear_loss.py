@@ -456,6 +456,35 @@ def test_inside_a_compiled_function() -> None:
         assert torch.equal(got, want)
 
 
+def test_a_loss_may_call_the_loss_head_itself() -> None:
+    """The workspace that a thread keeps must not be shared by two calls at work."""
+    hidden, weight, targets, _ = make()
+    other = torch.randn(N, H)
+
+    def nested(logp: Tensor, entropy: Tensor) -> Tensor:
+        with torch.no_grad():
+            linear_logprobs(other, weight, targets.clamp(min=0))
+        return -logp
+
+    results = []
+    for loss in (likelihood, nested):
+        out = linear_loss(hidden, weight, targets, loss, workspace=rows(16))
+        results.append([out.loss, *gradients(out.loss, hidden, weight)])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_inference_mode_leaves_nothing_behind() -> None:
+    """A workspace made under inference_mode could not be written to outside of it."""
+    hidden, weight, _ = peaked_head(N, H, 4001)
+    targets = torch.zeros(N, dtype=torch.int64)
+    with torch.inference_mode():
+        quiet = linear_loss(hidden, weight, targets, likelihood).loss
+    loud = linear_loss(hidden, weight.requires_grad_(), targets, likelihood).loss
+    loud.backward()
+    assert torch.equal(quiet, loud) and weight.grad is not None
+
+
 def test_second_derivatives_are_refused() -> None:
     hidden, weight, targets, _ = make()
     loss = linear_loss(hidden, weight, targets, likelihood).loss * weight.sum()

@@ -32,6 +32,7 @@ from fastalign.ops.slab import (
     check_head,
     check_softcap,
     follow_autocast,
+    logits_workspace,
     slab_logits,
 )
 from fastalign.ops.token_logprobs import (
@@ -75,20 +76,20 @@ def linear_logprobs_op(
     rows = Rows(targets, ignore_index)
     n, vocab = hidden.shape[0], weight.shape[0]
     logits = hidden.new_empty(n if keep else 0, vocab)
-    work = logits if keep else hidden.new_empty(min(slab, rows.count), vocab)
     stats = torch.empty(rows.count, 4, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    for start in range(0, rows.count, slab):
-        stop = min(start + slab, rows.count)
-        z = work[start:stop] if keep else work[: stop - start]
-        slab_logits(rows.take(hidden, start, stop), weight, bias, z)
-        columns = row_stats(
-            z,
-            rows.take(targets, start, stop),
-            rows.take_temperature(temperature, start, stop),
-            softcap,
-            ignore_index,
-        )
-        torch.stack(columns, dim=1, out=stats[start:stop])
+    with logits_workspace(0 if keep else min(slab, rows.count), vocab, hidden) as work:
+        for start in range(0, rows.count, slab):
+            stop = min(start + slab, rows.count)
+            z = logits[start:stop] if keep else work[: stop - start]
+            slab_logits(rows.take(hidden, start, stop), weight, bias, z)
+            columns = row_stats(
+                z,
+                rows.take(targets, start, stop),
+                rows.take_temperature(temperature, start, stop),
+                softcap,
+                ignore_index,
+            )
+            torch.stack(columns, dim=1, out=stats[start:stop])
     logits[rows.count :] = 0.0
     logp, entropy, row_max, log_sum = rows.scatter(stats).t().contiguous().unbind(0)
     return logp.clone(), entropy.clone(), row_max.clone(), log_sum.clone(), logits
@@ -136,28 +137,28 @@ def linear_logprobs_backward(
     keep = logits.shape[0] > 0
     slabs = -(-rows.count // slab)
     grads = HeadGradients(hidden, weight, bias, rows, slabs, (need[0], need[1], need[2]))
-    work = hidden.new_empty(min(slab, rows.count), weight.shape[0])
-    for start in range(0, rows.count, slab):
-        stop = min(start + slab, rows.count)
-        h = rows.take(hidden, start, stop)
-        dz = work[: stop - start]
-        if not keep:
-            slab_logits(h, weight, bias, dz)
-        dlogits_out(
-            dz,
-            rows.take(grad_logp, start, stop),
-            None if grad_entropy is None else rows.take(grad_entropy, start, stop),
-            logits[start:stop] if keep else dz,
-            rows.take(targets, start, stop),
-            rows.take_temperature(temperature, start, stop),
-            softcap,
-            ignore_index,
-            rows.take(logp, start, stop),
-            rows.take(entropy, start, stop),
-            rows.take(row_max, start, stop),
-            rows.take(log_sum, start, stop),
-        )
-        grads.add(dz, h, start, stop)
+    with logits_workspace(min(slab, rows.count), weight.shape[0], hidden) as work:
+        for start in range(0, rows.count, slab):
+            stop = min(start + slab, rows.count)
+            h = rows.take(hidden, start, stop)
+            dz = work[: stop - start]
+            if not keep:
+                slab_logits(h, weight, bias, dz)
+            dlogits_out(
+                dz,
+                rows.take(grad_logp, start, stop),
+                None if grad_entropy is None else rows.take(grad_entropy, start, stop),
+                logits[start:stop] if keep else dz,
+                rows.take(targets, start, stop),
+                rows.take_temperature(temperature, start, stop),
+                softcap,
+                ignore_index,
+                rows.take(logp, start, stop),
+                rows.take(entropy, start, stop),
+                rows.take(row_max, start, stop),
+                rows.take(log_sum, start, stop),
+            )
+            grads.add(dz, h, start, stop)
     dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in grads.result())
     return dhidden, dweight, dbias
 

@@ -36,6 +36,7 @@ from fastalign.ops.slab import (
     check_head,
     check_softcap,
     follow_autocast,
+    logits_workspace,
     slab_logits,
 )
 from fastalign.ops.token_logprobs import (
@@ -47,6 +48,7 @@ from fastalign.ops.token_logprobs import (
 )
 
 Loss = Callable[..., Tensor]
+Range = tuple[int, int]
 
 
 class LossOutput(NamedTuple):
@@ -147,7 +149,11 @@ class _Run:
             self.hidden, self.weight, self.bias, self.rows, len(cuts), self.call.need
         )
         tallest = max((stop - start for start, stop in cuts), default=0)
-        self.work = self.hidden.new_empty(tallest, self.weight.shape[0])
+        with logits_workspace(tallest, self.weight.shape[0], self.hidden) as self.work:
+            self.walk(cuts, units, single)
+
+    def walk(self, cuts: list[Range], units: list[Range], single: bool) -> None:
+        """Slab after slab; ``units`` are the rows or the groups that each loss call covers."""
         if single:
             for (start, stop), unit in zip(cuts, units, strict=True):
                 z, h = self.forward(start, stop)
@@ -194,9 +200,7 @@ class _Run:
         dlogits_out(z, g, e, z, targets, temperature, *settings, *stats)
         self.grads.add(z, h, start, stop)
 
-    def evaluate(
-        self, start: int, stop: int, unit: tuple[int, int]
-    ) -> tuple[Tensor, Tensor | None]:
+    def evaluate(self, start: int, stop: int, unit: Range) -> tuple[Tensor, Tensor | None]:
         """The loss of one slab, added to the total; returns dloss/dlogp and dloss/dentropy (None:
         unused)."""
         call, wanted = self.call, any(self.call.need) or bool(self.call.learned)
@@ -233,7 +237,7 @@ class _Run:
                 self.accumulate(name, grad, start, stop, unit)
         return torch.zeros_like(logp) if g is None else g, e
 
-    def slice(self, x: Any, start: int, stop: int, unit: tuple[int, int]) -> Any:
+    def slice(self, x: Any, start: int, stop: int, unit: Range) -> Any:
         """The part of one loss input that belongs to a slab, with a gradient history of its own."""
         if not isinstance(x, Tensor):
             return x
@@ -244,9 +248,7 @@ class _Run:
             return x
         return x.detach()[unit[0] : unit[1]]
 
-    def accumulate(
-        self, name: str, grad: Tensor, start: int, stop: int, unit: tuple[int, int]
-    ) -> None:
+    def accumulate(self, name: str, grad: Tensor, start: int, stop: int, unit: Range) -> None:
         out = self.learned[name]
         if out.dim() == 0:
             out += grad

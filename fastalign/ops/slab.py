@@ -9,6 +9,10 @@ Rows whose target is ignored are dropped before the first product (``Rows``).
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -18,6 +22,8 @@ from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 # small.
 IGNORE_NOTHING = -(1 << 31)
 WIDENED_BYTES = 16 << 20
+KEPT_BYTES = 64 << 20
+_kept = threading.local()
 
 
 class Rows:
@@ -68,6 +74,27 @@ class Groups:
                 cuts.append((first, group))
                 first = group
         return cuts
+
+
+@contextmanager
+def logits_workspace(rows: int, vocab: int, like: Tensor) -> Iterator[Tensor]:
+    """[rows, vocab] numbers of any content in ``like``'s dtype and device.
+
+    On a CPU each thread keeps its last workspace of up to KEPT_BYTES: fresh memory comes page by
+    page from the operating system, which costs a tenth of the product that fills it.
+    """
+    if like.device.type != "cpu":
+        yield like.new_empty(rows, vocab)
+        return
+    need = rows * vocab * like.element_size()
+    # Taken out while in use: a loss may call the loss head again.
+    buffer, _kept.buffer = getattr(_kept, "buffer", None), None
+    if buffer is None or buffer.numel() < need:
+        with torch.inference_mode(False):
+            buffer = torch.empty(need, dtype=torch.uint8)
+    yield buffer[:need].view(like.dtype).view(rows, vocab)
+    if buffer.numel() <= KEPT_BYTES:
+        _kept.buffer = buffer
 
 
 def slab_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
