@@ -8,7 +8,8 @@ from torch import nn
 
 # hidden size, layers, heads, feed-forward size; parameters are counted with the vocabulary in brackets.
 SIZES: dict[str, tuple[int, int, int, int]] = {
-    "1m": (160, 3, 4, 432),  # 1.3M [2k]
+    "1m": (192, 2, 6, 512),  # 1.3M [2k]
+    "2m": (192, 4, 6, 512),  # 2.1M [2k]
     "3m": (256, 3, 4, 688),  # 2.9M [2k]
     "10m": (384, 5, 6, 1024),  # 10.4M [4k]
     "25m": (512, 6, 8, 1376),  # 25.1M [12k]

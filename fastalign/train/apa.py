@@ -174,7 +174,9 @@ def update(
     n_updates = 0
     for epoch in range(config.epochs):
         order = torch.Generator().manual_seed((config.seed * 100_003 + step) * 101 + epoch)
-        for batch in token_budget_batches(lengths, config.batch_tokens, generator=order):
+        for batch in token_budget_batches(
+            lengths, config.batch_tokens, generator=order, group_by_length=False
+        ):
             n_tokens = sum(len(found.rollouts[i].completion) for i in batch)
             parts = torch.zeros(3, device=device)  # policy loss, value loss, entropy
             for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):

@@ -187,7 +187,9 @@ def train(config: RewardConfig) -> Path:
     schedule: list[list[int]] = []
     for epoch in range(config.epochs):
         order = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-        schedule += token_budget_batches(lengths, config.batch_tokens, generator=order)
+        schedule += token_budget_batches(
+            lengths, config.batch_tokens, generator=order, group_by_length=False
+        )
     weights = torch.ones(len(pairs), config.heads, dtype=torch.int64)
     if config.bootstrap == "resample" and config.heads > 1:
         weights = bootstrap_weights(len(pairs), config.heads, config.seed)

@@ -133,7 +133,9 @@ def train(config: SFTConfig) -> Path:
     schedule: list[list[int]] = []
     for epoch in range(config.epochs):
         order = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-        schedule += token_budget_batches(lengths, config.batch_tokens, generator=order)
+        schedule += token_budget_batches(
+            lengths, config.batch_tokens, generator=order, group_by_length=False
+        )
 
     optimizer = Optimizer(config, policy, len(schedule))
     loss_fn = losses.MLE()
