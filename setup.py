@@ -1,4 +1,4 @@
-"""Builds csrc/ into fastalign._C: stable-ABI C++, one wheel for every Python >= 3.10 and torch >= 2.10."""
+"""Builds csrc/ into fastalign._C: stable-ABI C++, one wheel for Python >= 3.10, torch >= 2.10."""
 
 from pathlib import Path
 

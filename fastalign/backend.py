@@ -1,9 +1,10 @@
-"""Which implementation of an op runs: its reference (plain PyTorch), its C++ kernel or its Triton kernel.
+"""Which implementation of an op runs: its reference (plain PyTorch), C++ kernel or Triton kernel.
 
-By default the device decides: CUDA tensors take Triton, CPU tensors take C++ (or the reference when the
-extension is not built, said once). float64 is always the reference's, because it is the truth the kernels
-are judged by. ``with backend("..."):`` or the environment variable ``FASTALIGN_BACKEND`` decides instead;
-what was asked for and cannot run is an error, never something else in silence.
+By default the device decides: CUDA tensors take Triton, CPU tensors take C++ (or the reference when
+the extension is not built, said once). float64 is always the reference's, because it is the truth
+the kernels are judged by. ``with backend("..."):`` or the environment variable
+``FASTALIGN_BACKEND`` decides instead; what was asked for and cannot run is an error, never
+something else in silence.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _checked(name: str, origin: str) -> str:
 
 
 class backend:  # noqa: N801 - used as a function: `with fastalign.backend("cpp"):`
-    """Context manager: every op inside runs by the named implementation, in all threads of the process.
+    """Context manager: every op inside runs by the named implementation, in all threads.
 
     Args:
         name: "reference", "cpp" or "triton".
@@ -61,7 +62,7 @@ class backend:  # noqa: N801 - used as a function: `with fastalign.backend("cpp"
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), hence on CPU tensors."""
+    """Whether Triton's interpreter runs kernels (``TRITON_INTERPRET=1``): on CPU tensors too."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -100,8 +101,8 @@ def choose(op: str, tensor: Tensor) -> str:
         why = f"the C++ kernels are for CPU tensors, got a tensor on {tensor.device}"
     elif asked == "triton" and not tensor.is_cuda and not triton_interpreted():
         why = (
-            "Triton kernels need CUDA tensors, or TRITON_INTERPRET=1 set before Triton is imported; "
-            f"got a tensor on {tensor.device}"
+            "Triton kernels need CUDA tensors, or TRITON_INTERPRET=1 set before Triton is "
+            f"imported; got a tensor on {tensor.device}"
         )
     if why:
         raise RuntimeError(f"{op}: backend {asked!r} was asked for, but {why}")

@@ -1,8 +1,8 @@
 """The command line: `fastalign COMMAND`. One documented dataclass per command is its configuration.
 
-`--config FILE` loads values from YAML (a run's config.yaml, say), options after it override them, and
-`--print_config` shows what results. Whatever is wrong with the input ends in one line and exit status 2
-(1 for a run that had to stop, 130 for Ctrl-C).
+`--config FILE` loads values from YAML (a run's config.yaml, say), options after it override them,
+and `--print_config` shows what results. Whatever is wrong with the input ends in one line and exit
+status 2 (1 for a run that had to stop, 130 for Ctrl-C).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def parse(name: str, config_class: type, argv: list[str]) -> Any:
     fields = set(config_class.__dataclass_fields__)  # type: ignore[attr-defined]
     apart = {"overwrite", "resume"} & fields
     parser.add_class_arguments(config_class, as_positional=True, skip=apart)
-    parser.add_argument("--config", action="config", help="YAML file with values for these options.")
+    parser.add_argument("--config", action="config", help="YAML file of values for these options.")
     if "overwrite" in apart:
         parser.add_argument(
             "--overwrite",
@@ -98,7 +98,7 @@ def parse(name: str, config_class: type, argv: list[str]) -> Any:
             nargs="?",
             const="auto",
             default=None,
-            help="Go on from the newest intact checkpoint of the output folder, or from a given one.",
+            help="Go on from the output folder's newest intact checkpoint, or from a given one.",
         )
     options = [o for action in parser._actions for o in action.option_strings]
     values = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ class QuickstartConfig:
 
 def run(config: QuickstartConfig) -> Path:
     """Runs it; the path of the report."""
+    from rich.console import Console
+    from rich.text import Text
+
     from fastalign.report import before_after_table, headline, write_report
 
     began = time.monotonic()
@@ -59,5 +63,7 @@ def run(config: QuickstartConfig) -> Path:
         )
     )
     path = write_report(folder)
+    comparison = json.loads((folder / "apa" / "evaluation.json").read_text())
+    Console().print(before_after_table(comparison), Text(headline(comparison)))
     log.info("done in %.0f s; report: %s", time.monotonic() - began, path)
     return path

@@ -105,21 +105,17 @@ def token_budget_batches(
     budget: int,
     *,
     generator: torch.Generator | None = None,
-    group_by_length: bool = True,
 ) -> list[list[int]]:
     """Splits indices into batches of at most ``budget`` tokens.
 
     Args:
         lengths: tokens of each sequence.
         budget: most tokens per batch. A longer sequence is a batch of its own.
-        generator: shuffles which sequences meet and the order of the batches; None keeps the order
-            (of the data, or of the lengths).
-        group_by_length: batches hold sequences of like length, so that attention done in groups of
-            equal length, or generation, wastes little; each index is exactly in one batch either
-            way.
+        generator: shuffles the sequences first; None keeps their order. Lengths are not sorted:
+            packs have no padding to save, and a batch of like lengths is a batch of like data.
 
     Returns:
-        Batches of indices; the same for the same generator state.
+        Batches of indices, each index once; the same for the same generator state.
 
     Raises:
         ValueError: a budget below 1, or a length below 1.
@@ -131,8 +127,6 @@ def token_budget_batches(
     order = list(range(len(lengths)))
     if generator is not None:
         order = torch.randperm(len(lengths), generator=generator).tolist()
-    if group_by_length:
-        order.sort(key=lambda i: lengths[i])  # stable: equal lengths stay shuffled
     batches: list[list[int]] = []
     tokens = 0
     for i in order:
@@ -141,7 +135,4 @@ def token_budget_batches(
             tokens = 0
         batches[-1].append(i)
         tokens += lengths[i]
-    if generator is not None and group_by_length:
-        places = torch.randperm(len(batches), generator=generator).tolist()
-        batches = [batches[place] for place in places]
     return batches

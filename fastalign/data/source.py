@@ -1,6 +1,7 @@
 """Where a command's records come from: the built-in task by name, or the user's data by path or id.
 
-`synthetic` (or `synthetic:SEED`) is the built-in task; everything else goes to the readers of `formats`.
+`synthetic` (or `synthetic:SEED`) is the built-in task; everything else goes to the readers of
+`formats`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Attention over packed sequences, plugged into any `transformers` backbone.
 
-A pack is one row of N tokens: sequence after sequence, `cu_seqlens` marking where each begins, no padding.
-The cost is the sum of the squares of the lengths, never the square of the sum: no N x N mask is made.
-CUDA with fp16/bf16 takes torch's `varlen_attn` (FlashAttention); everything else takes SDPA segment by
-segment. Which one runs is logged once.
+A pack is one row of N tokens: sequence after sequence, `cu_seqlens` marking where each begins, no
+padding. The cost is the sum of the squares of the lengths, never the square of the sum: no N x N
+mask is made. CUDA with fp16/bf16 takes torch's `varlen_attn` (FlashAttention); everything else
+takes SDPA segment by segment. Which one runs is logged once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _varlen(
     if key.shape[1] != query.shape[1]:
         repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    rows = [t.squeeze(0).transpose(0, 1) for t in (query, key, value)]
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     options: dict[str, Any] = (
         {"window_size": (-1, 0) if causal else (-1, -1)}
         if "window_size" in takes
@@ -48,8 +48,10 @@ def _varlen(
     if "scale" in takes:
         options["scale"] = scale
     else:  # older signature: 1/sqrt(d) is built in, so fold the rest into the query
-        rows[0] = rows[0] * (scale * query.shape[-1] ** 0.5)
-    return varlen_attn(*rows, cu, cu, longest, longest, **options).unsqueeze(0)
+        q = q * (scale * query.shape[-1] ** 0.5)
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
 
 
 def packed_attention(
@@ -76,8 +78,8 @@ def packed_attention(
         ([1, N, heads, d], None).
 
     Raises:
-        ValueError: no segments were given, or the model needs a sliding window shorter than a segment,
-            a soft-cap or a position bias, which packed attention does not have.
+        ValueError: no segments were given, or the model needs a sliding window shorter than a
+            segment, a soft-cap or a position bias, which packed attention does not have.
     """
     if cu_seq_lens_q is None or segment_lengths is None or max_length_q is None:
         raise ValueError("packed attention: expected cu_seq_lens_q, max_length_q, segment_lengths")
@@ -119,14 +121,14 @@ def attention(model: nn.Module, implementation: str) -> Iterator[None]:
 
 
 def register() -> None:
-    """Makes `fastalign_packed` known to `transformers`. Without a mask function none is ever built."""
+    """Makes `fastalign_packed` known to `transformers`. No mask function: no mask is ever built."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
 
 
 def packed_hidden(backbone: nn.Module, packed: Any) -> Tensor:
-    """Last hidden states [N, H] of a pack (`fastalign.data.packing.Packed`), one forward, no padding."""
+    """Last hidden states [N, H] of a `fastalign.data.packing.Packed`: one forward, no padding."""
     cu = packed.cu_seqlens
     lengths = cu.diff().tolist()
     out = backbone(

@@ -1,6 +1,7 @@
-"""The policy: a causal language model run packed, its head kept apart for the loss head, and a value head.
+"""The policy: a causal language model run packed, its head kept apart, and a value head.
 
-The folder it saves loads with plain `AutoModelForCausalLM.from_pretrained`; the value head lies beside it.
+The folder it saves loads with plain `AutoModelForCausalLM.from_pretrained`; the value head lies
+beside it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 class ValueHead(nn.Module):
-    """V(s) from the hidden state: H -> 2H -> 1 with ReLU, as in the code of 2306.02231; starts at 0."""
+    """V(s) from the hidden state: H -> 2H -> 1 with ReLU, as in 2306.02231's code; starts at 0."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -63,8 +64,8 @@ class Policy(nn.Module):
         value_head: whether to put a `ValueHead` on the last hidden state.
 
     Raises:
-        ValueError: the model's logits are not its head applied to its last hidden state (a scaled or
-            otherwise wrapped head), which the loss head could not reproduce.
+        ValueError: the model's logits are not its head applied to its last hidden state (a scaled
+            or otherwise wrapped head), which the loss head could not reproduce.
     """
 
     def __init__(self, model: Any, value_head: bool = False) -> None:
@@ -112,7 +113,7 @@ class Policy(nn.Module):
         return policy
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """Weights and tokenizer in the `transformers` form (safetensors), the value head beside them."""
+        """Weights and tokenizer in the `transformers` form, the value head beside them."""
         from safetensors.torch import save_file
 
         self.model.save_pretrained(folder)
@@ -153,18 +154,19 @@ class Policy(nn.Module):
     def logprobs(
         self, packed: Any, *, temperature: float = 1.0, return_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropies) of `packed.targets`, fp32 [N], 0 where the target is ignored."""
+        """Log-probs (and entropies) of `packed.targets`, fp32 [N]; 0 where a target is ignored."""
         hidden = self.hidden(packed)
-        out = ops.linear_logprobs(
-            hidden,
-            self.head_weight.to(hidden.dtype),
-            packed.targets,
-            bias=self.head_bias,
-            temperature=temperature,
-            softcap=self.softcap,
-            return_entropy=return_entropy,
-        )
-        return out if return_entropy else (out, None)
+        weight = self.head_weight.to(hidden.dtype)
+        options: dict[str, Any] = {
+            "bias": self.head_bias,
+            "temperature": temperature,
+            "softcap": self.softcap,
+        }
+        if return_entropy:
+            return ops.linear_logprobs(
+                hidden, weight, packed.targets, return_entropy=True, **options
+            )
+        return ops.linear_logprobs(hidden, weight, packed.targets, **options), None
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -188,6 +190,6 @@ class Policy(nn.Module):
         error = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
         if not error < 1e-2:
             raise ValueError(
-                f"{type(self.model).__name__}: its logits are not its head applied to its last hidden "
-                f"state (relative difference {error:.2g}); this form of model is not supported"
+                f"{type(self.model).__name__}: its logits are not its head applied to its last "
+                f"hidden state (relative difference {error:.2g}); such models are not supported"
             )

@@ -1,9 +1,9 @@
-"""The reward ensemble: one shared encoder, K linear heads, one statistic (2406.01013; 2310.02743 for UWO).
+"""The reward ensemble: one encoder, K linear heads, one statistic (2406.01013; UWO: 2310.02743).
 
-r_k(x, y) = (w_k . h + b_k - center_k) / scale_k, where h is the encoder's last hidden state at the last
-token of prompt + response. Bradley-Terry leaves every head an offset and a scale of its own; `center` and
-`scale` (measured on training samples after training) remove them, so that a minimum over heads does not
-just pick the head with the lowest offset.
+r_k(x, y) = (w_k . h + b_k - center_k) / scale_k, where h is the encoder's last hidden state at the
+last token of prompt + response. Bradley-Terry leaves every head an offset and a scale of its own;
+`center` and `scale` (measured on training samples after training) remove them, so that a minimum
+over heads does not just pick the head with the lowest offset.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class EnsembleConfig:
 
     n_heads: int = 5
     statistic: str = "mean"
-    """mean, min (worst case, WCO), lcb = mean - coef * std, uwo = mean - coef * variance, median."""
+    """mean, min (worst case, WCO), lcb = mean - coef*std, uwo = mean - coef*variance, median."""
     coef: float = 1.0
     """c of lcb and uwo; std and variance over the heads are the unbiased ones (ddof = 1)."""
     head_seed: int = 0
@@ -83,7 +83,7 @@ class RewardEnsemble(nn.Module):
     def create(
         cls, source: str, tokenizer: Any, config: EnsembleConfig, *, max_length: int = 512
     ) -> RewardEnsemble:
-        """New heads on the encoder `source`: `scratch:NAME`, a local folder (an SFT model's, say), a hub id.
+        """New heads on the encoder `source`: `scratch:NAME`, a folder (an SFT model's), a hub id.
 
         Raises:
             ValueError: nothing there that loads, or a vocabulary smaller than the tokenizer's.
@@ -147,7 +147,7 @@ class RewardEnsemble(nn.Module):
 
     @torch.no_grad()
     def standardise(self, scores: Tensor) -> None:
-        """Sets `center` and `scale` so that each head has mean 0 and standard deviation 1 on `scores` [S, K].
+        """Sets `center` and `scale`: each head gets mean 0, deviation 1 on `scores` [S, K].
 
         `scores` are the ensemble's own at its present center and scale.
         """
@@ -166,7 +166,7 @@ def _load_encoder(source: str) -> Any:
 
 
 def check_same_tokenizer(policy: Any, reward: Any, policy_name: str, reward_name: str) -> None:
-    """Token ids go from the policy to the reward model as they are, so both must mean the same by them.
+    """Token ids go from policy to reward model as they are: both must mean the same by them.
 
     Raises:
         ValueError: the vocabularies differ; says how.
@@ -176,7 +176,7 @@ def check_same_tokenizer(policy: Any, reward: Any, policy_name: str, reward_name
         return
     differ = sum(1 for token, i in ours.items() if theirs.get(token) != i)
     raise ValueError(
-        f"the policy {policy_name!r} and the reward model {reward_name!r} have different tokenizers "
-        f"({len(ours)} and {len(theirs)} tokens, {differ} of the policy's differ): train the reward model "
-        "on the policy's tokenizer"
+        f"the policy {policy_name!r} and the reward model {reward_name!r} have different "
+        f"tokenizers ({len(ours)} and {len(theirs)} tokens, {differ} of the policy's differ): "
+        "train the reward model on the policy's tokenizer"
     )

@@ -1,4 +1,4 @@
-"""`scratch:NAME`: Llama-form models built from a config, so that everything runs without a download."""
+"""`scratch:NAME`: Llama-form models from a config, so that everything runs without a download."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-# hidden size, layers, heads, feed-forward size; parameters are counted with the vocabulary in brackets.
+# hidden size, layers, heads, feed-forward size; parameters counted with the vocabulary in brackets
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "1m": (192, 2, 6, 512),  # 1.3M [2k]
     "2m": (192, 4, 6, 512),  # 2.1M [2k]
@@ -23,9 +23,9 @@ EMBEDDING_STD = 0.1
 def build(spec: str, tokenizer: Any, max_length: int, auto_class: Any) -> Any:
     """The model `scratch:NAME` with random weights drawn from torch's global random state.
 
-    Matrices start with variance 1 / fan-in and the (tied) embeddings with standard deviation 0.1. The
-    usual 0.02 everywhere is made for wide models: at these widths it delays by hundreds of steps the
-    moment at which attention starts to read the prompt.
+    Matrices start with variance 1 / fan-in and the (tied) embeddings with standard deviation 0.1.
+    The usual 0.02 everywhere is made for wide models: at these widths it delays by hundreds of
+    steps the moment at which attention starts to read the prompt.
 
     Args:
         spec: scratch: and one of `SIZES`.

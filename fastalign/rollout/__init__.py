@@ -1,4 +1,4 @@
-"""Sampling from the policy: token ids in, token ids and their log-probs out, never text in between."""
+"""Sampling from the policy: token ids in, token ids and their log-probs out, never text between."""
 
 from fastalign.rollout.engine import Rollout, SamplingConfig
 from fastalign.rollout.hf import TransformersEngine

@@ -44,5 +44,5 @@ class Engine(Protocol):
     def generate(
         self, prompts: list[list[int]], n_samples: int, sampling: SamplingConfig
     ) -> list[Rollout]:
-        """`n_samples` responses to each prompt, those of a prompt next to each other, in prompt order."""
+        """`n_samples` responses to each prompt, side by side, in the order of the prompts."""
         ...

@@ -1,8 +1,8 @@
 """Rollouts by `transformers` generation with a KV cache.
 
-The log-prob of every sampled token is read from the very scores it was drawn from, one [batch, V] slice at
-a time: the scores of a whole generation are never kept. Prompts are batched by length, so that little is
-padded.
+The log-prob of every sampled token is read from the very scores it was drawn from, one [batch, V]
+slice at a time: the scores of a whole generation are never kept. Prompts are batched by length, so
+that little is padded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from fastalign.rollout.engine import Rollout, SamplingConfig
 
 
 class _Recorder:
-    """A logits processor that changes nothing and remembers log-probs of what was drawn a step before.
+    """A logits processor that changes nothing and keeps log-probs of what was drawn a step before.
 
-    `generate` divides by the temperature after the processors given to it, so the recorder does too.
+    `generate` divides by the temperature after the processors given to it, so the recorder does
+    too.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -66,7 +67,7 @@ class TransformersEngine:
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= limit:
                 raise ValueError(
-                    f"rollout: prompt {i} has {len(prompt)} tokens; expected 1 to {limit} (a context of "
+                    f"rollout: prompt {i} has {len(prompt)} tokens; expected 1 to {limit} (context "
                     f"{self.policy.max_length} less max_new_tokens = {sampling.max_new_tokens})"
                 )
         requests = [i for i in range(len(prompts)) for _ in range(n_samples)]
@@ -107,8 +108,8 @@ class TransformersEngine:
             pad_token_id=self.pad,
         )
         model = self.policy.model
-        # A model's own generation defaults (top_k = 50, a repetition penalty) would be merged into ours and
-        # change the distribution the log-probs are of: they stand aside meanwhile.
+        # A model's own generation defaults (top_k = 50, a repetition penalty) would be merged into
+        # ours and change the distribution the log-probs are of: they stand aside meanwhile.
         own_config, model.generation_config = model.generation_config, config
         try:
             out = model.generate(

@@ -8,8 +8,8 @@ One step of this loop:
   3. advantages by GAE from the old values, whitened; returns = unwhitened advantages + V;
   4. a few epochs of minibatches on L_APA + vf_coef * (V - return)^2 / 2.
 
-There is no KL penalty in the reward and no ratio: pi_init is in the regression's target. On-policy, its
-fixed point is pi_init exp(Adv / lambda) / Z.
+There is no KL penalty in the reward and no ratio: pi_init is in the regression's target. On-policy,
+its fixed point is pi_init exp(Adv / lambda) / Z.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class APAConfig(OptimConfig):
     limit: int | None = None
     """Use at most this many prompts."""
     eval_prompts: str | None = None
-    """Held-out prompts; by default the test split of the built-in task, or --prompts with --eval_lines."""
+    """Held-out prompts. By default: the built-in task's test split; else give --eval_lines."""
     eval_lines: str | None = None
     """Held-out records, as a Python slice."""
     eval_limit: int = 64
@@ -174,9 +174,7 @@ def update(
     n_updates = 0
     for epoch in range(config.epochs):
         order = torch.Generator().manual_seed((config.seed * 100_003 + step) * 101 + epoch)
-        for batch in token_budget_batches(
-            lengths, config.batch_tokens, generator=order, group_by_length=False
-        ):
+        for batch in token_budget_batches(lengths, config.batch_tokens, generator=order):
             n_tokens = sum(len(found.rollouts[i].completion) for i in batch)
             parts = torch.zeros(3, device=device)  # policy loss, value loss, entropy
             for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
@@ -232,7 +230,8 @@ def load_prompts(
         and not source.gold_for(config.prompts)
     ):
         raise RunError(
-            "nothing to evaluate on: give held-out prompts with --eval_prompts, or --eval_lines of --prompts"
+            "nothing to evaluate on: give held-out prompts with --eval_prompts, or --eval_lines "
+            "of --prompts"
         )
     held, held_report = source.prompts(
         config.eval_prompts or config.prompts, "test", config.eval_lines, config.eval_limit

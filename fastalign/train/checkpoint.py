@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is a folder `step-000120` holding `weights.safetensors`, `state.pt` and a `manifest.json` with
-the size and SHA-256 of both. It is written under a temporary name, synced, and renamed last, so a folder of
-the final name is complete; the manifest catches what a disk does to it afterwards.
+A checkpoint is a folder `step-000120` holding `weights.safetensors`, `state.pt` and a
+`manifest.json` with the size and SHA-256 of both. It is written under a temporary name, synced, and
+renamed last, so a folder of the final name is complete; the manifest catches what a disk does to it
+afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of another run; the message is one line for the user."""
+    """A checkpoint that is missing, damaged or of another run; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     """All weights and buffers, `module.parameter`."""
     state: dict[str, Any]
-    """Optimizer, schedule, random states, running moments: everything else that a run carries along."""
+    """Optimizer, schedule, random states, running moments: all else that a run carries along."""
 
 
 def _digest(path: Path) -> str:
@@ -105,7 +106,8 @@ def load(path: Path) -> Checkpoint:
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 raise CheckpointError(
-                    f"damaged checkpoint {path}: {name} has {size} bytes, expected {expected['bytes']}"
+                    f"damaged checkpoint {path}: {name} has {size} bytes, "
+                    f"expected {expected['bytes']}"
                 )
             if _digest(path / name) != expected["sha256"]:
                 raise CheckpointError(

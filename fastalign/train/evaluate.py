@@ -1,7 +1,7 @@
-"""What a policy is worth on held-out prompts: reward, KL to pi_init, entropy, length, with standard errors.
+"""What a policy is worth on held-out prompts: reward, KL to pi_init, entropy, length; with errors.
 
-The standard error of a mean is taken over prompts (the samples of a prompt are averaged first), because the
-prompts, not the samples, are what was drawn independently.
+The standard error of a mean is taken over prompts (the samples of a prompt are averaged first),
+because the prompts, not the samples, are what was drawn independently.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def evaluate(
     for name, values in columns.items():
         numbers[name], numbers[f"{name}_stderr"] = _mean_and_error(values, n_samples)
     numbers["entropy"] = entropy.mean().item()
-    # How far the sampler's log-probs are from the trainer's for the same tokens: rounding, or a fault.
+    # How far the sampler's log-probs are from the trainer's for the same tokens: rounding, or a
+    # fault.
     numbers["sampling_gap"] = (logp - found.logp).abs().mean().item()
     numbers["n"] = len(found.rollouts)
     return Evaluation(numbers, _samples(found, texts, n_samples, collector))

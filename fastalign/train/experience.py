@@ -1,7 +1,7 @@
 """Experience: rollouts with all that policy training needs to know of each token, packed.
 
-One row per response token, response after response; `cu_seqlens` marks the responses. The state of a token
-is the position before it, so row t of `values` is V(prompt + tokens before t).
+One row per response token, response after response; `cu_seqlens` marks the responses. The state of
+a token is the position before it, so row t of `values` is V(prompt + tokens before t).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Experience:
 
 
 def packed(rollouts: list[Rollout]) -> Packed:
-    """One pack of whole sequences whose targets are the response tokens, in the order of the rollouts."""
+    """One pack of whole sequences in the rollouts' order; its targets are the response tokens."""
     return pack([r.prompt + r.completion for r in rollouts], [len(r.prompt) for r in rollouts])
 
 
@@ -113,7 +113,7 @@ class Collector:
 
     @torch.no_grad()
     def collect(self, prompts: list[list[int]], texts: list[str], n_samples: int) -> Experience:
-        """`n_samples` responses to each prompt; `texts` are the prompts as the gold reward reads them."""
+        """`n_samples` responses to each prompt; `texts` are the prompts for the gold reward."""
         began = time.perf_counter()
         rollouts = self.engine.generate(prompts, n_samples, self.sampling)
         generated = time.perf_counter()
@@ -161,8 +161,8 @@ class Collector:
     def logprobs(
         self, policy: Policy, rollouts: list[Rollout], *, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """fp32 [N] log-probs (and entropies) of all response tokens under `policy`, at the sampling's
-        temperature."""
+        """Log-probs (and entropies) of all response tokens under `policy`, at the sampling's
+        temperature: fp32 [N]."""
         device = policy.head_weight.device
         was_training = policy.training
         policy.eval()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class RunningMoments:
-    """Running mean and unbiased standard deviation, merged batch by batch (Chan et al.'s update)."""
+    """Running mean and unbiased standard deviation, merged batch by batch (Chan et al.)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0

@@ -45,8 +45,12 @@ class Optimizer:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in self.parameters if p.ndim >= 2]
         vectors = [p for p in self.parameters if p.ndim < 2]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.adam = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            groups,
             lr=config.lr,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
@@ -67,11 +71,12 @@ class Optimizer:
     def update(
         self, run: Run, step: int, loss: Tensor, inputs: dict[str, Tensor]
     ) -> dict[str, float]:
-        """One step from the gradients that `backward` left; the learning rate used and the gradient norm.
+        """One step from the gradients `backward` left; returns learning rate and gradient norm.
 
         Raises:
-            RunError: loss or gradient is not finite. The weights stay as they were; the message names the
-                first tensor that is not finite, in the order weights, inputs, loss, gradients.
+            RunError: loss or gradient is not finite. The weights stay as they were; the message
+                names the first tensor that is not finite, in the order weights, inputs, loss,
+                gradients.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         if not (math.isfinite(float(norm)) and math.isfinite(float(loss))):
@@ -86,7 +91,7 @@ class Optimizer:
                 f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g}; first seen in "
                 f"{culprit}. Stopped before the update; {run.last_checkpoint()}"
             )
-        lr = self.schedule.get_last_lr()[0]
+        lr = float(self.schedule.get_last_lr()[0])
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         return {"lr": lr, "grad_norm": float(norm)}

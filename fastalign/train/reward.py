@@ -2,8 +2,9 @@
 
 L = mean over heads k of mean over pairs of -log sigma(r_k(x, y_w) - r_k(x, y_l))      (2406.01013)
 
-With a trained encoder the heads share it; with a frozen one each head's problem is convex, so heads trained
-to convergence on the same pairs become one and the same: bootstrap resampling keeps them apart.
+With a trained encoder the heads share it; with a frozen one each head's problem is convex, so heads
+trained to convergence on the same pairs become one and the same: bootstrap resampling keeps them
+apart.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class RewardConfig(OptimConfig):
     output: str = "runs/reward"
     """Folder of the run; the ensemble is written to OUTPUT/model."""
     model: str = "runs/sft/model"
-    """What the encoder starts from: an SFT model's folder, any model folder or hub id, or scratch:NAME."""
+    """What the encoder starts from: an SFT model's or any folder, a hub id, or scratch:NAME."""
     tokenizer: str | None = None
     """Folder or id of the tokenizer, where it is not the model's (scratch:NAME needs one)."""
     data: str = "synthetic"
@@ -54,7 +55,7 @@ class RewardConfig(OptimConfig):
     limit: int | None = None
     """Use at most this many pairs."""
     eval_data: str | None = None
-    """Held-out pairs; by default the test split of the built-in task, or the same file with --eval_lines."""
+    """Held-out pairs. By default: the built-in task's test split, or --data with --eval_lines."""
     eval_lines: str | None = None
     """Held-out records of --eval_data (or of --data), as a Python slice."""
     eval_limit: int | None = 1000
@@ -64,13 +65,14 @@ class RewardConfig(OptimConfig):
     heads: int = 5
     """K, the number of reward heads."""
     statistic: str = "mean"
-    """What the ensemble says: mean, min (WCO), lcb = mean - coef*std, uwo = mean - coef*variance, median."""
+    """What the ensemble says: mean, median, min (WCO), lcb = mean - coef * std over the heads, or
+    uwo = mean - coef * variance."""
     coef: float = 1.0
     """c of lcb and uwo (std and variance over heads with ddof 1)."""
     head_init: float = 1.0
-    """Head weights start as normal with this standard deviation over the square root of the width."""
+    """Head weights start as normal, standard deviation this over the square root of the width."""
     bootstrap: str = "resample"
-    """resample: head k sees its own draw of the pairs with replacement; none: all heads see all pairs."""
+    """resample: each head sees its own draw of the pairs with replacement; none: all see all."""
     freeze_encoder: bool = False
     """Train the heads only."""
     epochs: int = 1
@@ -187,9 +189,7 @@ def train(config: RewardConfig) -> Path:
     schedule: list[list[int]] = []
     for epoch in range(config.epochs):
         order = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-        schedule += token_budget_batches(
-            lengths, config.batch_tokens, generator=order, group_by_length=False
-        )
+        schedule += token_budget_batches(lengths, config.batch_tokens, generator=order)
     weights = torch.ones(len(pairs), config.heads, dtype=torch.int64)
     if config.bootstrap == "resample" and config.heads > 1:
         weights = bootstrap_weights(len(pairs), config.heads, config.seed)

@@ -48,13 +48,13 @@ class RunConfig:
     overwrite: bool = False
     """Delete what a former run left in the output folder."""
     resume: str | None = None
-    """Go on from the newest intact checkpoint of the output folder (`--resume`) or from a given one."""
+    """Go on from the output folder's newest intact checkpoint (`--resume`), or from a given one."""
     seed: int = 0
     """Of weights, data order and sampling."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
-    """Of the forward pass: float32, bfloat16 (autocast; weights stay fp32), or auto (bfloat16 on CUDA)."""
+    """Of the forward pass: float32, bfloat16 (autocast, weights stay fp32), auto (it on CUDA)."""
     checkpoint_every: int = 100
     """Steps between checkpoints; one more is written at the end and on Ctrl-C."""
     keep_checkpoints: int = 2
@@ -62,7 +62,7 @@ class RunConfig:
 
 
 class Stateful:
-    """What a checkpoint holds: modules, an optimizer and anything else with state_dict/load_state_dict."""
+    """What a checkpoint holds: modules, an optimizer, and all else with state_dict."""
 
     def __init__(self, modules: dict[str, nn.Module], others: dict[str, Any]) -> None:
         self.modules = modules
@@ -88,7 +88,8 @@ class Stateful:
                 module.load_state_dict(own)
             except RuntimeError as error:
                 raise RunError(
-                    f"the checkpoint is of another architecture: {str(error).splitlines()[-1].strip()}"
+                    "the checkpoint is of another architecture: "
+                    f"{str(error).splitlines()[-1].strip()}"
                 ) from error
         for name, other in self.others.items():
             other.load_state_dict(saved.state[name])
@@ -133,7 +134,7 @@ class Run:
         return saved.step
 
     def _drop_metrics_after(self, step: int) -> None:
-        """What was logged past the checkpoint will be logged again: it goes, so that no step is twice."""
+        """Removes what was logged past the checkpoint: it will be logged again."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return

@@ -39,15 +39,16 @@ class SFTConfig(OptimConfig):
     output: str = "runs/sft"
     """Folder of the run; the model is written to OUTPUT/model."""
     model: str = "scratch:3m"
-    """A local folder or hub id, or scratch:1m, 3m, 10m, 25m, 100m (random weights, tokenizer from data)."""
+    """A local folder or hub id, or scratch:1m, 2m, 3m, 10m, 25m, 100m (random weights, and a
+    tokenizer trained on the data)."""
     data: str = "synthetic"
-    """JSONL(.gz), Parquet, a folder, a hub id, or synthetic; preference data gives prompt and chosen."""
+    """JSONL(.gz), Parquet, a folder, a hub id, or synthetic. Preference data: prompt and chosen."""
     lines: str | None = None
     """Use these records only, as a Python slice: 0:2000."""
     limit: int | None = None
     """Use at most this many records."""
     eval_data: str | None = None
-    """Held-out data; by default the test split of the built-in task, or the same file with --eval_lines."""
+    """Held-out data. By default: the built-in task's test split, or --data with --eval_lines."""
     eval_lines: str | None = None
     """Held-out records of --eval_data (or of --data), as a Python slice."""
     eval_limit: int | None = 400
@@ -133,9 +134,7 @@ def train(config: SFTConfig) -> Path:
     schedule: list[list[int]] = []
     for epoch in range(config.epochs):
         order = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-        schedule += token_budget_batches(
-            lengths, config.batch_tokens, generator=order, group_by_length=False
-        )
+        schedule += token_budget_batches(lengths, config.batch_tokens, generator=order)
 
     optimizer = Optimizer(config, policy, len(schedule))
     loss_fn = losses.MLE()
