@@ -12,6 +12,7 @@ setup(
         CppExtension(
             "fastalign._C",
             sources,
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             py_limited_api=True,
             extra_compile_args=[
                 "-O3",

@@ -1,7 +1,12 @@
-"""Shared by all tests: Triton's interpreter where there is no GPU, fixed seeds, what is skipped."""
+"""Shared by all tests: Triton's interpreter where there is no GPU, fixed seeds, what is skipped.
+
+FASTALIGN_REQUIRE=cpp,triton (`make test` sets it) makes an absent backend an error, and a skipped
+test a failure unless it is marked gpu, data or peers.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -11,8 +16,25 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported, which must come after this line.
     os.environ["TRITON_INTERPRET"] = "1"
 
+REQUIRED = [name for name in os.environ.get("FASTALIGN_REQUIRE", "").split(",") if name]
+MAY_BE_SKIPPED = {"gpu", "data", "peers"}
+
+
+def why_absent(backend: str) -> str | None:
+    """Why the backend's tests would be skipped here; None when they run."""
+    module = {"cpp": "fastalign._C", "triton": "triton"}.get(backend)
+    if module is None:
+        return "expected cpp or triton"
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not there (pip install --no-build-isolation -e '.[dev]' brings it)"
+    return None
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    for name in REQUIRED:
+        why = why_absent(name)
+        if why is not None:
+            raise pytest.UsageError(f"FASTALIGN_REQUIRE names {name}: {why}")
     # The interpreter is NumPy, which warns of every exp that overflows on purpose.
     for module in ("triton.runtime.interpreter", "triton.language.core"):
         config.addinivalue_line("filterwarnings", f"ignore::RuntimeWarning:{module}")
@@ -24,6 +46,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def wrongly_skipped(config: pytest.Config) -> list[str]:
+    """Tests that were skipped although FASTALIGN_REQUIRE is set and no mark allows it."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if not REQUIRED or reporter is None:
+        return []
+    skipped = reporter.stats.get("skipped", [])
+    return [report.nodeid for report in skipped if not MAY_BE_SKIPPED & set(report.keywords)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if wrongly_skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    for nodeid in wrongly_skipped(config):
+        terminalreporter.write_line(f"NOT ALLOWED TO BE SKIPPED: {nodeid}", red=True)
 
 
 @pytest.fixture(autouse=True)

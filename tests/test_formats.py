@@ -495,6 +495,7 @@ def test_bad_options(write):
     assert "this is one file" in failure(read_prompts, path, split="train")
 
 
+@pytest.mark.data
 @pytest.mark.skipif(not HH.exists(), reason=f"the HH test file is not at {HH}")
 def test_hh_rlhf():
     pairs, report = read_preferences(str(HH))
