@@ -1,6 +1,6 @@
 """GAE: time, bytes moved and the fraction of this machine's copy speed, beside a loop over time.
 
-    python benchmarks/bench_gae.py [--device cuda --dtype bfloat16] [--out FILE.json]
+    python -m benchmarks.bench_gae [--device cuda --dtype bfloat16] [--out FILE.json]
 
 Traffic: rewards and values in, float32 advantages and returns out. About 6 FLOP a token.
 Rivals, in the same interleaved run: the same tokens packed in sequences of unequal length, the
@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timing import Run, arguments, medians, report
 from torch import Tensor
 
 import fastalign as fa
+from benchmarks.timing import Run, arguments, medians, report
 from fastalign.ops import gae
 
 SHAPES = [(64, 512), (256, 1024), (1024, 4096), (16, 131_072)]

@@ -1,6 +1,6 @@
 """linear_logprobs: per-token log-probs from hidden states, forward alone and with gradients.
 
-    python benchmarks/bench_linear_logprobs.py [--device cuda --dtype bfloat16] [--out FILE.json]
+    python -m benchmarks.bench_linear_logprobs [--device cuda --dtype bfloat16] [--out FILE.json]
 
 Work: 1 product of 2 N H V FLOP forward; 3 with gradients when the logits are kept, 4 when they are
 computed again. "x GEMMs" is the time over that of 1 or 3 bare products on full-size tensors,
@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timing import Run, arguments, medians, report
 from torch import Tensor
 
+from benchmarks.timing import Run, arguments, medians, report
 from fastalign.ops import linear_logprobs
 from fastalign.testing import peaked_head
 

@@ -1,6 +1,6 @@
 """linear_loss: hidden states to loss and gradients, beside the three bare matrix products.
 
-    python benchmarks/bench_linear_loss.py [--device cuda --dtype bfloat16] [--out FILE.json]
+    python -m benchmarks.bench_linear_loss [--device cuda --dtype bfloat16] [--out FILE.json]
 
 Work: 3 products of 2 N H V FLOP. The ceiling is those three products alone, on tensors of the full
 size, in the same interleaved run; "x GEMMs" is the time over it (1 is perfect). Rivals: naive
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import Run, arguments, medians, peak_bytes, report
 from torch import Tensor
 
+from benchmarks.timing import Run, arguments, medians, peak_bytes, report
 from fastalign.ops import linear_loss, plan
 from fastalign.testing import peaked_head
 

@@ -1,6 +1,6 @@
 """token_logprobs: time, bytes moved and the fraction of this machine's copy speed.
 
-    python benchmarks/bench_token_logprobs.py [--device cuda --dtype bfloat16] [--out FILE.json]
+    python -m benchmarks.bench_token_logprobs [--device cuda --dtype bfloat16] [--out FILE.json]
 
 Traffic: the forward pass reads N * V logits once, the backward pass reads and writes them once.
 Rivals, in the same interleaved run: log_softmax + gather (with its autograd), logsumexp - gather,
@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timing import Run, arguments, medians, report
 from torch import Tensor
 
+from benchmarks.timing import Run, arguments, medians, report
 from fastalign.ops import token_logprobs
 from fastalign.testing import peaked_logits
 
