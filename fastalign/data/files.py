@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fastalign.errors import UserError
+
 Records = Iterator[tuple[dict[str, Any], str]]
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -22,7 +24,7 @@ SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """What is wrong with the data, in one line for the user."""
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastalign.errors import UserError
 
 NAME = "fastalign_packed"
 log = logging.getLogger("fastalign")
@@ -78,20 +80,21 @@ def packed_attention(
         ([1, N, heads, d], None).
 
     Raises:
-        ValueError: no segments were given, or the model needs a sliding window shorter than a
-            segment, a soft-cap or a position bias, which packed attention does not have.
+        ValueError: no segments were given.
+        UserError: the model needs a sliding window shorter than a segment, a soft-cap or a position
+            bias, which packed attention does not have.
     """
     if cu_seq_lens_q is None or segment_lengths is None or max_length_q is None:
         raise ValueError("packed attention: expected cu_seq_lens_q, max_length_q, segment_lengths")
     window = kwargs.get("sliding_window")
     if window is not None and window < max_length_q:
-        raise ValueError(
+        raise UserError(
             f"packed attention: the model's sliding window is {window} tokens, a sequence has "
             f"{max_length_q}; expected sequences no longer than the window"
         )
     for name in ("softcap", "position_bias", "s_aux"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"packed attention: the model needs {name}, which is not supported")
+            raise UserError(f"packed attention: the model needs {name}, which is not supported")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
@@ -107,6 +110,41 @@ def packed_attention(
         for q, k, v in segments
     ]
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+@torch.no_grad()
+def check_packed(
+    model: Any, packed: Callable[[Any], Tensor], alone: Callable[[Tensor], Tensor]
+) -> None:
+    """Refuses a model that is not the same function on a pack as on its sequences one by one.
+
+    Position offsets of its own, state that runs on from one sequence to the next, or another head
+    than the one taken for it would all train something else without a word.
+
+    Args:
+        model: whose attention is switched to `transformers`' own for `alone`.
+        packed: [N, ...] rows of a pack; alone: [1, T, ...] rows of int64 ids [1, T].
+
+    Raises:
+        UserError: the rows differ by more than rounding.
+    """
+    from fastalign.data.packing import pack
+
+    device = model.get_input_embeddings().weight.device
+    vocab = model.config.vocab_size
+    sequences = [[i * 37 % vocab for i in range(3)], [(i * 53 + 1) % vocab for i in range(5)]]
+    was_training = model.training
+    model.eval()
+    together = packed(pack(sequences).to(device))
+    with attention(model, "sdpa"):
+        apart = torch.cat([alone(torch.tensor([s], device=device))[0] for s in sequences])
+    model.train(was_training)
+    error = ((together - apart).abs().max() / apart.abs().max().clamp_min(1e-6)).item()
+    if not error < 1e-2:
+        raise UserError(
+            f"{type(model).__name__}: a pack does not give what its sequences give one by one "
+            f"(relative difference {error:.2g}); such models are not supported"
+        )
 
 
 @contextmanager

@@ -14,31 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import ops
-from fastalign.models import scratch
-from fastalign.models.attention import NAME, packed_hidden, register
+from fastalign.models.attention import NAME, check_packed, packed_hidden, register
+from fastalign.models.pretrained import context, make_model
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-
-
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a local folder or hub id.
-
-    Raises:
-        ValueError: none there, or it has no end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer found at {source!r}: {str(error).splitlines()[0]}"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer at {source!r} has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 class ValueHead(nn.Module):
@@ -64,8 +43,9 @@ class Policy(nn.Module):
         value_head: whether to put a `ValueHead` on the last hidden state.
 
     Raises:
-        ValueError: the model's logits are not its head applied to its last hidden state (a scaled
-            or otherwise wrapped head), which the loss head could not reproduce.
+        UserError: packed, the model gives other logits than one sequence at a time; or its logits
+            are not its head applied to its last hidden state (a scaled head, say), which the loss
+            head could not reproduce.
     """
 
     def __init__(self, model: Any, value_head: bool = False) -> None:
@@ -84,26 +64,11 @@ class Policy(nn.Module):
         """`scratch:NAME` (random weights by the current torch seed), a local folder or a hub id.
 
         Raises:
-            ValueError: nothing there that loads, or a vocabulary smaller than the tokenizer's.
+            UserError: nothing there that loads, or a vocabulary smaller than the tokenizer's.
         """
         from transformers import AutoModelForCausalLM
 
-        if source.startswith("scratch:"):
-            model = scratch.build(source, tokenizer, max_length, AutoModelForCausalLM)
-        else:
-            try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    source, attn_implementation="sdpa", dtype=torch.float32
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"no language model loads from {source!r}: {str(error).splitlines()[0]}"
-                ) from error
-        if model.config.vocab_size < len(tokenizer):
-            raise ValueError(
-                f"the model {source!r} has {model.config.vocab_size} embeddings, its tokenizer "
-                f"{len(tokenizer)} tokens: they do not belong together"
-            )
+        model = make_model(source, tokenizer, max_length, AutoModelForCausalLM)
         policy = cls(model, value_head)
         head_file = Path(source) / VALUE_HEAD_FILE
         if policy.value_head is not None and head_file.exists():
@@ -139,7 +104,7 @@ class Policy(nn.Module):
     @property
     def max_length(self) -> int:
         """Tokens of context."""
-        return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
+        return context(self.model)
 
     def hidden(self, packed: Any) -> Tensor:
         """Last hidden states [N, H] of a pack."""
@@ -170,26 +135,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        device = self.head_weight.device
-        if device.type == "meta":
-            return
-        was_training = self.model.training
-        self.model.eval()
-        ids = torch.arange(4, device=device) % self.model.config.vocab_size
-        from fastalign.data.packing import pack
+        def ours(packed: Any) -> Tensor:
+            logits = nn.functional.linear(self.hidden(packed), self.head_weight, self.head_bias)
+            return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
-        packed = pack([ids.tolist()]).to(device)
-        hidden = self.hidden(packed)
-        ours = nn.functional.linear(hidden, self.head_weight, self.head_bias)
-        if self.softcap:
-            ours = self.softcap * torch.tanh(ours / self.softcap)
-        self.model.set_attn_implementation("sdpa")
-        theirs = self.model(input_ids=ids.unsqueeze(0), use_cache=False).logits.squeeze(0)
-        self.model.set_attn_implementation(NAME)
-        self.model.train(was_training)
-        error = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
-        if not error < 1e-2:
-            raise ValueError(
-                f"{type(self.model).__name__}: its logits are not its head applied to its last "
-                f"hidden state (relative difference {error:.2g}); such models are not supported"
-            )
+        check_packed(self.model, ours, lambda ids: self.model(input_ids=ids).logits)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import ops
-from fastalign.models import scratch
-from fastalign.models.attention import NAME, packed_hidden, register
+from fastalign.errors import UserError
+from fastalign.models.attention import NAME, check_packed, packed_hidden, register
+from fastalign.models.pretrained import context, load_model, make_model
 from fastalign.ops.reward_heads import reduce_scores
 
 STATISTICS = ("mean", "min", "lcb", "uwo", "median")
@@ -42,9 +43,9 @@ class EnsembleConfig:
 
     def __post_init__(self) -> None:
         if self.n_heads < 1:
-            raise ValueError(f"RewardEnsemble: expected n_heads >= 1, got {self.n_heads}")
+            raise UserError(f"RewardEnsemble: expected n_heads >= 1, got {self.n_heads}")
         if self.statistic not in STATISTICS:
-            raise ValueError(
+            raise UserError(
                 f"RewardEnsemble: expected a statistic of {', '.join(STATISTICS)}, "
                 f"got {self.statistic!r}"
             )
@@ -56,6 +57,9 @@ class RewardEnsemble(nn.Module):
     Args:
         encoder: a `transformers` base model (no head of its own).
         config: number of heads, statistic, seeds.
+
+    Raises:
+        UserError: packed, the encoder gives other hidden states than one sequence at a time.
     """
 
     weight: nn.Parameter  # [K, H]
@@ -68,6 +72,11 @@ class RewardEnsemble(nn.Module):
         register()
         self.encoder = encoder
         encoder.set_attn_implementation(NAME)
+        check_packed(
+            encoder,
+            lambda packed: packed_hidden(encoder, packed),
+            lambda ids: encoder(input_ids=ids).last_hidden_state,
+        )
         self.config = config
         width = encoder.config.hidden_size
         rows = []
@@ -86,39 +95,36 @@ class RewardEnsemble(nn.Module):
         """New heads on the encoder `source`: `scratch:NAME`, a folder (an SFT model's), a hub id.
 
         Raises:
-            ValueError: nothing there that loads, or a vocabulary smaller than the tokenizer's.
+            UserError: nothing there that loads, or a vocabulary smaller than the tokenizer's.
         """
         from transformers import AutoModel
 
-        if source.startswith("scratch:"):
-            encoder = scratch.build(source, tokenizer, max_length, AutoModel)
-        else:
-            encoder = _load_encoder(source)
-        if encoder.config.vocab_size < len(tokenizer):
-            raise ValueError(
-                f"the encoder {source!r} has {encoder.config.vocab_size} embeddings, its tokenizer "
-                f"{len(tokenizer)} tokens: they do not belong together"
-            )
-        return cls(encoder, config)
+        return cls(make_model(source, tokenizer, max_length, AutoModel), config)
 
     @classmethod
     def load(cls, folder: str) -> RewardEnsemble:
         """A saved ensemble.
 
         Raises:
-            ValueError: the folder is not one.
+            UserError: the folder is not one.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
+        from transformers import AutoModel
 
         path = Path(folder) / CONFIG_FILE
         if not path.exists():
-            raise ValueError(f"no reward ensemble at {folder!r}: {CONFIG_FILE} is missing")
-        ensemble = cls(_load_encoder(folder), EnsembleConfig(**json.loads(path.read_text())))
-        heads = load_file(Path(folder) / HEADS_FILE)
+            raise UserError(f"no reward ensemble at {folder!r}: {CONFIG_FILE} is missing")
+        try:
+            config = EnsembleConfig(**json.loads(path.read_text()))
+            heads = load_file(Path(folder) / HEADS_FILE)
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise UserError(f"the reward ensemble at {folder!r} does not load: {error}") from error
+        ensemble = cls(load_model(folder, AutoModel), config)
         missing, unexpected = ensemble.load_state_dict(heads, strict=False)
         wrong = [k for k in missing if not k.startswith("encoder.")] + list(unexpected)
         if wrong:
-            raise ValueError(f"{folder}/{HEADS_FILE} does not fit its config: {', '.join(wrong)}")
+            raise UserError(f"{folder}/{HEADS_FILE} does not fit its config: {', '.join(wrong)}")
         return ensemble
 
     def save(self, folder: Path, tokenizer: Any) -> None:
@@ -141,6 +147,11 @@ class RewardEnsemble(nn.Module):
         )
         return (raw - self.center) / self.scale
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of context."""
+        return context(self.encoder)
+
     def reduce(self, scores: Tensor) -> Tensor:
         """The ensemble's statistic: [S, K] -> [S]."""
         return reduce_scores(scores, self.config.statistic, self.config.coef)
@@ -156,26 +167,17 @@ class RewardEnsemble(nn.Module):
         self.scale *= std.clamp_min(1e-6)
 
 
-def _load_encoder(source: str) -> Any:
-    from transformers import AutoModel
-
-    try:
-        return AutoModel.from_pretrained(source, attn_implementation="sdpa", dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no model loads from {source!r}: {str(error).splitlines()[0]}") from error
-
-
 def check_same_tokenizer(policy: Any, reward: Any, policy_name: str, reward_name: str) -> None:
     """Token ids go from policy to reward model as they are: both must mean the same by them.
 
     Raises:
-        ValueError: the vocabularies differ; says how.
+        UserError: the vocabularies differ; says how.
     """
     ours, theirs = policy.get_vocab(), reward.get_vocab()
     if ours == theirs:
         return
     differ = sum(1 for token, i in ours.items() if theirs.get(token) != i)
-    raise ValueError(
+    raise UserError(
         f"the policy {policy_name!r} and the reward model {reward_name!r} have different "
         f"tokenizers ({len(ours)} and {len(theirs)} tokens, {differ} of the policy's differ): "
         "train the reward model on the policy's tokenizer"

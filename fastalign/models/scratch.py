@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from fastalign.errors import UserError
+
 # hidden size, layers, heads, feed-forward size; parameters counted with the vocabulary in brackets
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "1m": (192, 2, 6, 512),  # 1.3M [2k]
@@ -18,6 +20,18 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 
 
 EMBEDDING_STD = 0.1
+
+
+def size(spec: str) -> tuple[int, int, int, int]:
+    """What `SIZES` says of `scratch:NAME`.
+
+    Raises:
+        UserError: an unknown size.
+    """
+    name = spec.removeprefix("scratch:")
+    if name not in SIZES:
+        raise UserError(f"unknown model {spec!r}: expected scratch: and one of {', '.join(SIZES)}")
+    return SIZES[name]
 
 
 def build(spec: str, tokenizer: Any, max_length: int, auto_class: Any) -> Any:
@@ -34,14 +48,11 @@ def build(spec: str, tokenizer: Any, max_length: int, auto_class: Any) -> Any:
         auto_class: `AutoModelForCausalLM`, or `AutoModel` for a trunk without head.
 
     Raises:
-        ValueError: an unknown size.
+        UserError: an unknown size.
     """
     from transformers import LlamaConfig
 
-    name = spec.removeprefix("scratch:")
-    if name not in SIZES:
-        raise ValueError(f"unknown model {spec!r}: expected scratch: and one of {', '.join(SIZES)}")
-    hidden, layers, heads, feed_forward = SIZES[name]
+    hidden, layers, heads, feed_forward = size(spec)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from fastalign.errors import UserError
+
 POLICY_METHODS = ("apa", "ppo", "awr", "grpo", "dpo", "rwr", "mle", "dt")
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """The folder cannot be reported on; the message is one line for the person at the terminal."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from fastalign.errors import UserError
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -19,11 +21,11 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"expected max_new_tokens >= 1, got {self.max_new_tokens}")
+            raise UserError(f"sampling: expected max_new_tokens >= 1, got {self.max_new_tokens}")
         if not self.temperature > 0:
-            raise ValueError(f"expected temperature > 0, got {self.temperature}")
+            raise UserError(f"sampling: expected temperature > 0, got {self.temperature}")
         if self.batch_size < 1:
-            raise ValueError(f"expected batch_size >= 1, got {self.batch_size}")
+            raise UserError(f"sampling: expected batch_size >= 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True)

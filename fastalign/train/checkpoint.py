@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.errors import UserError
+
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of another run; the message is for the user."""
 
 
@@ -54,7 +56,10 @@ def _sync(path: Path) -> None:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes `folder/step-NNNNNN` and removes all but the newest `keep` checkpoints."""
+    """Writes `folder/step-NNNNNN`; it and the `keep` - 1 before it stay.
+
+    Checkpoints of later steps go: they are of a run that was left when an earlier one was resumed.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,14 +85,17 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(final)
     partial.rename(final)
     _sync(folder)
-    for old in found(folder)[:-keep]:
-        shutil.rmtree(old)
+    paths = found(folder)
+    here = paths.index(final)
+    for path in paths[: max(0, here + 1 - keep)] + paths[here + 1 :]:
+        shutil.rmtree(path)
     return final
 
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, intact or not."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.exists() else []
+    paths = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(paths, key=lambda p: int(p.name[5:]))
 
 
 def load(path: Path) -> Checkpoint:
@@ -102,7 +110,9 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name, expected in manifest["files"].items():
+        step = int(manifest["step"])
+        for name in (WEIGHTS, STATE):
+            expected = manifest["files"][name]
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 raise CheckpointError(
@@ -117,10 +127,10 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"damaged checkpoint {path}: {Path(error.filename).name} is missing"
         ) from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"damaged checkpoint {path}: {MANIFEST} is not readable") from error
     state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    return Checkpoint(int(manifest["step"]), load_file(path / WEIGHTS), state)
+    return Checkpoint(step, load_file(path / WEIGHTS), state)
 
 
 def newest_intact(folder: Path) -> tuple[Checkpoint, list[str]]:
