@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
@@ -48,25 +50,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def wrongly_skipped(config: pytest.Config) -> list[str]:
-    """Tests that were skipped although FASTALIGN_REQUIRE is set and no mark allows it."""
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if not REQUIRED or reporter is None:
-        return []
-    skipped = reporter.stats.get("skipped", [])
-    return [report.nodeid for report in skipped if not MAY_BE_SKIPPED & set(report.keywords)]
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if wrongly_skipped(session.config):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+def refuse_skip(
+    report: pytest.TestReport | pytest.CollectReport, node: pytest.Item | pytest.Collector
 ) -> None:
-    for nodeid in wrongly_skipped(config):
-        terminalreporter.write_line(f"NOT ALLOWED TO BE SKIPPED: {nodeid}", red=True)
+    """Turns a skip into a failure when FASTALIGN_REQUIRE is set and no mark allows it."""
+    allowed = any(node.get_closest_marker(name) for name in MAY_BE_SKIPPED)
+    if REQUIRED and report.skipped and not allowed and not hasattr(report, "wasxfail"):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{why}; only tests marked {', '.join(sorted(MAY_BE_SKIPPED))} may skip"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, Any]:
+    report = yield
+    refuse_skip(report, item)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, Any]:
+    report = yield
+    refuse_skip(report, collector)
+    return report
 
 
 @pytest.fixture(autouse=True)
