@@ -12,7 +12,10 @@ import logging
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
+
+from fastalign.errors import UserError
 
 # command -> (module, dataclass, function); imported only when chosen, so that --help is quick.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -51,9 +54,12 @@ def nearest(word: str, known: list[str]) -> str:
 
 def choose_command(argv: list[str]) -> tuple[str, list[str]]:
     """The command's name and its own arguments."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv:
+        print(usage(), file=sys.stderr)
+        raise SystemExit(2)
+    if argv[0] in ("-h", "--help") or argv[:2] in (["train", "-h"], ["train", "--help"]):
         print(usage())
-        raise SystemExit(0 if argv else 2)
+        raise SystemExit(0)
     if argv[0] == "--version":
         from fastalign import __version__
 
@@ -101,9 +107,24 @@ def parse(name: str, config_class: type, argv: list[str]) -> Any:
             help="Go on from the output folder's newest intact checkpoint, or from a given one.",
         )
     options = [o for action in parser._actions for o in action.option_strings]
-    values = parser.parse_args(argv)
-    values.pop("config", None)
-    return config_class(**parser.instantiate_classes(values).as_dict())
+    try:
+        values = parser.parse_args(argv)
+        if values.get("resume") is not None:
+            # A run goes on as it began: its own configuration, where no option says otherwise.
+            own = run_folder(values) / "config.yaml"
+            if own.is_file() and values.config is None:
+                values = parser.parse_args(["--config", str(own), *argv])
+        values.pop("config", None)
+        return config_class(**parser.instantiate_classes(values).as_dict())
+    except UserError as error:
+        fail(f"{name}: {error}")
+
+
+def run_folder(values: Any) -> Path:
+    """The folder of the run that --resume speaks of: a checkpoint's, or the output folder."""
+    if values.resume == "auto":
+        return Path(values.output)
+    return Path(values.resume).parent.parent
 
 
 def explain(message: str, options: list[str]) -> str:
@@ -129,11 +150,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
-    """Runs it; turns what users can mend into one line."""
-    from fastalign.data.formats import DataError
-    from fastalign.report import ReportError
-    from fastalign.train.checkpoint import CheckpointError
-    from fastalign.train.run import Interrupted, RunError
+    """Runs it; turns what users can mend into one line. What they cannot keeps its traceback."""
+    from fastalign.train.run import Interrupted, Stopped
 
     try:
         function(config)
@@ -141,12 +159,11 @@ def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
         fail(f"{name}: {stop}", 130)
     except KeyboardInterrupt:
         fail(f"{name}: stopped at once; the last checkpoint stays", 130)
-    except RunError as error:
-        fail(f"{name}: {error}", 1 if "Stopped" in str(error) else 2)
-    except (CheckpointError, DataError, ReportError, ValueError) as error:
-        fail(f"{name}: {error}")
+    except UserError as error:
+        fail(f"{name}: {error}", 1 if isinstance(error, Stopped) else 2)
     except OSError as error:
-        fail(f"{name}: {error.strerror or error}: {error.filename or ''}", 1)
+        place = f": {error.filename}" if error.filename else ""
+        fail(f"{name}: {error.strerror or error}{place}", 1)
 
 
 def quiet_libraries() -> None:

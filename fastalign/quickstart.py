@@ -8,8 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastalign.models import scratch
 from fastalign.train import apa, reward, sft
-from fastalign.train.run import claim_folder, write_config
+from fastalign.train.run import claim_folder, clear_folder, write_config
 
 log = logging.getLogger("fastalign")
 
@@ -42,6 +43,10 @@ def run(config: QuickstartConfig) -> Path:
     began = time.monotonic()
     folder = Path(config.output)
     claim_folder(folder, overwrite=config.overwrite)
+    if config.model.startswith("scratch:"):
+        scratch.size(config.model)
+    if config.overwrite:
+        clear_folder(folder)
     write_config(folder, config)
     shared = {"seed": config.seed, "device": config.device}
     log.info("1/3 supervised fine-tuning of %s on the built-in task", config.model)

@@ -14,7 +14,6 @@ its fixed point is pi_init exp(Adv / lambda) / Z.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field
@@ -34,11 +33,11 @@ from fastalign.rollout import SamplingConfig
 from fastalign.train import experience
 from fastalign.train.evaluate import (
     Evaluation,
+    Evaluations,
     command_line,
     evaluate,
     machine,
     versions,
-    write_comparison,
 )
 from fastalign.train.experience import Collector, Experience
 from fastalign.train.moments import RunningMoments
@@ -47,6 +46,7 @@ from fastalign.train.run import (
     Run,
     RunError,
     Stateful,
+    at_least,
     autocast,
     begin,
     peak_memory_gib,
@@ -77,8 +77,13 @@ class APAConfig(OptimConfig):
     """Use these records only, as a Python slice: 0:2000."""
     limit: int | None = None
     """Use at most this many prompts."""
+    split: str | None = None
+    """Split of a folder or data set that has more than one."""
     eval_prompts: str | None = None
-    """Held-out prompts. By default: the built-in task's test split; else give --eval_lines."""
+    """Held-out prompts. By default: the built-in task's test split, or --prompts with --eval_split
+    or --eval_lines."""
+    eval_split: str | None = None
+    """Split of the held-out prompts."""
     eval_lines: str | None = None
     """Held-out records, as a Python slice."""
     eval_limit: int = 64
@@ -113,10 +118,24 @@ class APAConfig(OptimConfig):
     """Divide rewards by the running standard deviation of all rewards seen."""
     lr: float = 1e-4
     """Peak learning rate (1e-4 suits small models; the paper's 125M to 6B models take 1e-6)."""
+    value_lr: float = 3e-3
+    """Peak learning rate of the value head, which starts from nothing."""
     schedule: str = "constant"
     """constant, cosine or linear."""
     checkpoint_every: int = 10
     """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "steps", "prompts_per_step", "samples_per_prompt", "epochs")
+        at_least(self, 1, "batch_tokens", "micro_tokens", "eval_limit", "eval_samples")
+        at_least(self, 0, "lambda_", "gamma", "lam", "vf_coef", "value_lr", "coef")
+        if self.lambda_ == 0:
+            raise RunError("expected lambda_ > 0, got 0")
+        if self.statistic not in (None, *STATISTICS):
+            raise RunError(
+                f"unknown statistic {self.statistic!r}: expected one of {', '.join(STATISTICS)}"
+            )
 
 
 def learn_from(
@@ -221,21 +240,21 @@ def load_prompts(
     config: APAConfig, tokenizer: Any, room: int
 ) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
     """Training and held-out prompts of at most `room` tokens."""
-    records, report = source.prompts(config.prompts, "train", config.lines, config.limit)
+    records, report = source.prompts(config.prompts, config.split, config.lines, config.limit)
     train = tokenize_prompts(records, tokenizer, report, max_prompt_length=room)
     log.info("%s", report)
-    if (
-        config.eval_prompts is None
-        and config.eval_lines is None
-        and not source.gold_for(config.prompts)
-    ):
+    held_source = source.held_out(
+        config.prompts, config.eval_prompts, config.eval_split, config.eval_lines
+    )
+    if held_source is None:
         raise RunError(
-            "nothing to evaluate on: give held-out prompts with --eval_prompts, or --eval_lines "
-            "of --prompts"
+            "nothing to evaluate on: give held-out prompts with --eval_prompts, or a part of "
+            "--prompts with --eval_split or --eval_lines"
         )
     held, held_report = source.prompts(
-        config.eval_prompts or config.prompts, "test", config.eval_lines, config.eval_limit
+        held_source, config.eval_split, config.eval_lines, config.eval_limit, held_out=True
     )
+    source.warn_of_overlap(records, held)
     test = tokenize_prompts(held, tokenizer, held_report, max_prompt_length=room)
     log.info("%s", held_report)
     return train, test
@@ -245,10 +264,6 @@ def load_reward(config: APAConfig, tokenizer: Any) -> RewardEnsemble:
     """The ensemble with the statistic asked for, on the policy's tokenizer."""
     ensemble = RewardEnsemble.load(config.reward)
     check_same_tokenizer(tokenizer, load_tokenizer(config.reward), config.policy, config.reward)
-    if config.statistic is not None and config.statistic not in STATISTICS:
-        raise RunError(
-            f"unknown statistic {config.statistic!r}: expected one of {', '.join(STATISTICS)}"
-        )
     kept = asdict(ensemble.config)
     kept |= {"statistic": config.statistic or kept["statistic"]}
     kept |= {"coef": kept["coef"] if config.coef is None else config.coef}
@@ -269,7 +284,14 @@ def train(config: APAConfig) -> Path:
     policy = Policy.load(config.policy, tokenizer, value_head=True).to(device)
     reference = policy.frozen_copy().to(device)
     policy.train()
-    room = policy.max_length - config.sampling.max_new_tokens
+    context = min(policy.max_length, ensemble.max_length)
+    context = min(context, judge.max_length) if judge is not None else context
+    room = context - config.sampling.max_new_tokens
+    if room < 1:
+        raise RunError(
+            f"sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt "
+            f"in the {context} tokens that policy and reward models can read"
+        )
     prompts, held_out = load_prompts(config, tokenizer, room)
     gold = source.gold_for(config.prompts)
     collector = Collector(
@@ -294,17 +316,18 @@ def train(config: APAConfig) -> Path:
             judge,
         )
 
-    moments = RunningMoments()
-    optimizer = Optimizer(config, policy, config.steps)
+    moments, evaluations = RunningMoments(), Evaluations()
+    optimizer = Optimizer(config, policy, config.steps, {"value_head": config.value_lr})
     with Run(config, "apa", config.steps) as run:
-        kept = run.folder / "before.json"
         start = run.restore(
-            Stateful({"policy": policy}, {"optimizer": optimizer, "moments": moments})
+            Stateful(
+                {"policy": policy},
+                {"optimizer": optimizer, "moments": moments, "evaluations": evaluations},
+            )
         )
         if start == 0:
-            before = judged()
-            kept.write_text(json.dumps(asdict(before)))
-            run.log(0, "eval", before.numbers)
+            evaluations.before = judged()
+            run.log(0, "eval", evaluations.before.numbers)
             torch.manual_seed(config.seed)
         for step in range(start + 1, config.steps + 1):
             began = time.perf_counter()
@@ -330,9 +353,10 @@ def train(config: APAConfig) -> Path:
                 "memory_gib": peak_memory_gib(device),
             }
             run.log(step, "train", metrics)
+            if step == config.steps:
+                evaluations.after = judged()
+                run.log(step, "eval", evaluations.after.numbers)
             run.end_step(step)
-        after = judged()
-        run.log(config.steps, "eval", after.numbers)
         policy.save(run.folder / "model", tokenizer)
         facts = {
             "method": "apa",
@@ -344,7 +368,7 @@ def train(config: APAConfig) -> Path:
             "command": command_line(),
             "seconds": {"total": time.monotonic() - run.started},
         }
-        write_comparison(run.folder, Evaluation(**json.loads(kept.read_text())), after, facts)
+        evaluations.write(run.folder, facts)
     return run.folder / "model"
 
 

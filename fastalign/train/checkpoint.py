@@ -133,17 +133,27 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(step, load_file(path / WEIGHTS), state)
 
 
+def check_there(resume: str, folder: Path) -> None:
+    """Says at once, before data and models are loaded, that there is nothing to resume.
+
+    Raises:
+        CheckpointError: `resume` is "auto" and `folder` holds no checkpoint, or it is no folder.
+    """
+    if resume == "auto" and not found(folder):
+        raise CheckpointError(f"nothing to resume: no checkpoint in {folder}")
+    if resume != "auto" and not Path(resume).is_dir():
+        raise CheckpointError(f"nothing to resume: no checkpoint at {resume}")
+
+
 def newest_intact(folder: Path) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that reads back, and a line for every newer one that does not.
 
     Raises:
         CheckpointError: there is none; says what is wrong with the newest.
     """
-    paths = found(folder)
-    if not paths:
-        raise CheckpointError(f"nothing to resume: no checkpoint in {folder}")
+    check_there("auto", folder)
     damaged: list[str] = []
-    for path in reversed(paths):
+    for path in reversed(found(folder)):
         try:
             return load(path), damaged
         except CheckpointError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,23 +96,38 @@ def _samples(
     return shown
 
 
-def write_comparison(
-    folder: Path, before: Evaluation, after: Evaluation, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """evaluation.json (numbers before and after, and `facts` about the run) and samples.jsonl."""
-    comparison = {"before": before.numbers, "after": after.numbers, **facts}
-    (folder / "evaluation.json").write_text(json.dumps(comparison, indent=2) + "\n")
-    with (folder / "samples.jsonl").open("w") as file:
-        for was, became in zip(before.samples, after.samples, strict=True):
-            record = {
-                "prompt": was["prompt"],
-                "before": was["response"],
-                "after": became["response"],
-                "before_reward": was["reward"],
-                "after_reward": became["reward"],
-            }
-            file.write(json.dumps(record) + "\n")
-    return comparison
+class Evaluations:
+    """Before and after training; checkpoints hold them, so that a resumed run still has both."""
+
+    def __init__(self) -> None:
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "before": asdict(self.before) if self.before else None,
+            "after": asdict(self.after) if self.after else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.before = Evaluation(**state["before"]) if state["before"] else None
+        self.after = Evaluation(**state["after"]) if state["after"] else None
+
+    def write(self, folder: Path, facts: dict[str, Any]) -> None:
+        """evaluation.json (numbers before and after, and `facts` on the run) and samples.jsonl."""
+        assert self.before is not None and self.after is not None
+        comparison = {"before": self.before.numbers, "after": self.after.numbers, **facts}
+        (folder / "evaluation.json").write_text(json.dumps(comparison, indent=2) + "\n")
+        with (folder / "samples.jsonl").open("w") as file:
+            for was, became in zip(self.before.samples, self.after.samples, strict=True):
+                record = {
+                    "prompt": was["prompt"],
+                    "before": was["response"],
+                    "after": became["response"],
+                    "before_reward": was["reward"],
+                    "after_reward": became["reward"],
+                }
+                file.write(json.dumps(record) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

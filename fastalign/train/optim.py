@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalign.train.run import Run, RunConfig, RunError, first_non_finite
+from fastalign.train.run import Run, RunConfig, RunError, Stopped, at_least, first_non_finite
+
+SCHEDULES = ("constant", "cosine", "linear")
 
 
 @dataclass
@@ -29,31 +31,46 @@ class OptimConfig(RunConfig):
     grad_clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
 
-
-SCHEDULES = ("constant", "cosine", "linear")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "lr", "warmup", "weight_decay", "beta2", "grad_clip")
+        if self.schedule not in SCHEDULES:
+            raise RunError(
+                f"unknown schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}"
+            )
 
 
 class Optimizer:
-    """AdamW over the trainable parameters of `module`, one `update` a step."""
+    """AdamW over the trainable parameters of `module`, one `update` a step.
 
-    def __init__(self, config: OptimConfig, module: nn.Module, total: int) -> None:
-        if config.schedule not in SCHEDULES:
-            raise RunError(
-                f"unknown schedule {config.schedule!r}: expected one of {', '.join(SCHEDULES)}"
-            )
+    Args:
+        config: learning rate, schedule and the rest.
+        module: what is trained.
+        total: steps of the schedule.
+        lrs: peak learning rates of direct children of `module` that are not to have `config.lr`.
+    """
+
+    def __init__(
+        self,
+        config: OptimConfig,
+        module: nn.Module,
+        total: int,
+        lrs: dict[str, float] | None = None,
+    ) -> None:
         self.config, self.module = config, module
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        vectors = [p for p in self.parameters if p.ndim < 2]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                lr = (lrs or {}).get(name.split(".")[0], config.lr)
+                decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+                groups.setdefault((lr, decay), []).append(parameter)
         self.adam = torch.optim.AdamW(
-            groups,
-            lr=config.lr,
+            [
+                {"params": parameters, "lr": lr, "weight_decay": decay}
+                for (lr, decay), parameters in groups.items()
+            ],
             betas=(0.9, config.beta2),
-            weight_decay=config.weight_decay,
             fused=True,
         )
         warmup = max(1, round(config.warmup * total))
@@ -74,7 +91,7 @@ class Optimizer:
         """One step from the gradients `backward` left; returns learning rate and gradient norm.
 
         Raises:
-            RunError: loss or gradient is not finite. The weights stay as they were; the message
+            Stopped: loss or gradient is not finite. The weights stay as they were; the message
                 names the first tensor that is not finite, in the order weights, inputs, loss,
                 gradients.
         """
@@ -87,7 +104,7 @@ class Optimizer:
                 + [("the loss", loss.detach())]
                 + [(f"gradient of {name}", p.grad) for name, p in named]
             )
-            raise RunError(
+            raise Stopped(
                 f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g}; first seen in "
                 f"{culprit}. Stopped before the update; {run.last_checkpoint()}"
             )

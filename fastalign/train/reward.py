@@ -30,8 +30,10 @@ from fastalign.train.run import (
     Run,
     RunError,
     Stateful,
+    at_least,
     autocast,
     begin,
+    check_context,
     peak_memory_gib,
 )
 
@@ -54,8 +56,13 @@ class RewardConfig(OptimConfig):
     """Use these records only, as a Python slice: 0:2000."""
     limit: int | None = None
     """Use at most this many pairs."""
+    split: str | None = None
+    """Split of a folder or data set that has more than one."""
     eval_data: str | None = None
-    """Held-out pairs. By default: the built-in task's test split, or --data with --eval_lines."""
+    """Held-out pairs. By default: the built-in task's test split, or --data with --eval_split or
+    --eval_lines."""
+    eval_split: str | None = None
+    """Split of the held-out data."""
     eval_lines: str | None = None
     """Held-out records of --eval_data (or of --data), as a Python slice."""
     eval_limit: int | None = 1000
@@ -85,6 +92,14 @@ class RewardConfig(OptimConfig):
     """Peak learning rate of encoder and heads."""
     eval_every: int = 50
     """Steps between evaluations on held-out pairs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "heads", "epochs", "batch_tokens", "micro_tokens", "eval_every")
+        at_least(self, 2, "max_length")
+        at_least(self, 0, "coef", "head_init")
+        if self.bootstrap not in ("none", "resample"):
+            raise RunError(f"unknown bootstrap {self.bootstrap!r}: expected none or resample")
 
 
 def packed(pairs: list[TokenizedPreference]) -> Packed:
@@ -149,17 +164,18 @@ def load_data(
     config: RewardConfig, tokenizer: Any
 ) -> tuple[list[TokenizedPreference], list[TokenizedPreference]]:
     """Training and held-out pairs."""
-    records, report = source.preferences(config.data, "train", config.lines, config.limit)
+    records, report = source.preferences(config.data, config.split, config.lines, config.limit)
     train = tokenize_preferences(records, tokenizer, report, max_length=config.max_length)
     log.info("%s", report)
-    held_source = config.eval_data or (
-        config.data if config.eval_lines or source.synthetic_task(config.data) else None
+    held_source = source.held_out(
+        config.data, config.eval_data, config.eval_split, config.eval_lines
     )
     if held_source is None:
         return train, []
     held, held_report = source.preferences(
-        held_source, "test", config.eval_lines, config.eval_limit
+        held_source, config.eval_split, config.eval_lines, config.eval_limit, held_out=True
     )
+    source.warn_of_overlap(records, held)
     test = tokenize_preferences(held, tokenizer, held_report, max_length=config.max_length)
     log.info("%s", held_report)
     return train, test
@@ -167,8 +183,6 @@ def load_data(
 
 def train(config: RewardConfig) -> Path:
     """Trains the ensemble; the folder of the model."""
-    if config.bootstrap not in ("none", "resample"):
-        raise RunError(f"unknown bootstrap {config.bootstrap!r}: expected none or resample")
     device = begin(config)
     if config.tokenizer is None and config.model.startswith("scratch:"):
         raise RunError(
@@ -182,6 +196,7 @@ def train(config: RewardConfig) -> Path:
     ensemble = RewardEnsemble.create(
         config.model, tokenizer, heads, max_length=config.max_length
     ).to(device)
+    check_context(config.max_length, ensemble.max_length, config.model)
     ensemble.encoder.requires_grad_(not config.freeze_encoder)
     ensemble.train()
 

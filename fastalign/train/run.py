@@ -26,13 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastalign.errors import UserError
 from fastalign.train import checkpoint
 
 log = logging.getLogger("fastalign")
 
 
-class RunError(ValueError):
-    """A run that cannot start or go on; the message is one clear line for the user."""
+class RunError(UserError):
+    """A run that cannot start; the message is one clear line for the user."""
+
+
+class Stopped(RunError):
+    """A run that cannot go on, for a reason found in the middle of it (a NaN)."""
 
 
 class Interrupted(Exception):
@@ -59,6 +64,23 @@ class RunConfig:
     """Steps between checkpoints; one more is written at the end and on Ctrl-C."""
     keep_checkpoints: int = 2
     """How many checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "checkpoint_every", "keep_checkpoints")
+        if self.overwrite and self.resume is not None:
+            raise RunError("--overwrite and --resume contradict each other")
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Checks fields of a configuration; None counts as not given.
+
+    Raises:
+        RunError: one is smaller than `least` or NaN.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise RunError(f"expected {name} >= {least}, got {value}")
 
 
 class Stateful:
@@ -97,7 +119,7 @@ class Stateful:
 
 
 class Run:
-    """Context manager around a training loop.
+    """Context manager around a training loop. --overwrite deletes when it begins.
 
     Args:
         config: the command's configuration.
@@ -186,6 +208,9 @@ class Run:
     # --- the screen ------------------------------------------------------------------------------
 
     def __enter__(self) -> Run:
+        if self.config.overwrite:
+            clear_folder(self.folder)
+        write_config(self.folder, self.config)
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -270,12 +295,13 @@ def begin(config: RunConfig) -> torch.device:
 
     Raises:
         RunError: the output folder cannot be used, or the device is not there.
+        CheckpointError: there is nothing to resume.
     """
     device = choose_device(config.device)
     autocast(device, config.dtype)
-    folder = Path(config.output)
-    claim_folder(folder, overwrite=config.overwrite, reuse=config.resume is not None)
-    write_config(folder, config)
+    claim_folder(Path(config.output), overwrite=config.overwrite, reuse=config.resume is not None)
+    if config.resume is not None:
+        checkpoint.check_there(config.resume, Path(config.output) / "checkpoints")
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     return device
@@ -283,6 +309,8 @@ def begin(config: RunConfig) -> torch.device:
 
 def claim_folder(folder: Path, *, overwrite: bool, reuse: bool = False) -> None:
     """Makes the folder, or says why it cannot be used. A folder of nothing but config.yaml is free.
+
+    Nothing is deleted yet: a former run goes when this one begins, its data and models loaded.
 
     Raises:
         RunError: it holds something already, or cannot be written.
@@ -301,13 +329,18 @@ def claim_folder(folder: Path, *, overwrite: bool, reuse: bool = False) -> None:
                 raise RunError(
                     f"--overwrite: {folder} does not hold a run (no config.yaml); not deleting it"
                 )
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
         raise RunError(f"cannot write to output folder {folder}: {error.strerror}") from error
+
+
+def clear_folder(folder: Path) -> None:
+    """Deletes what a former run left in a claimed folder."""
+    shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def write_config(folder: Path, config: Any) -> None:
@@ -332,8 +365,12 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise RunError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"device {name!r} was asked for, but no CUDA device is here")
+    if device.type not in ("cpu", "cuda"):
+        raise RunError(f"device {name!r} is not supported: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunError(
+            f"device {name!r} was asked for, but {torch.cuda.device_count()} CUDA devices are here"
+        )
     return device
 
 
@@ -347,6 +384,14 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
         raise RunError(f"unknown dtype {dtype!r}: expected auto, float32 or bfloat16")
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+
+
+def check_context(max_length: int, context: int, model: str) -> None:
+    """RunError where sequences of `max_length` tokens do not fit into a model's context."""
+    if max_length > context:
+        raise RunError(
+            f"max_length {max_length} is more than the {context} tokens that {model} can read"
+        )
 
 
 def peak_memory_gib(device: torch.device) -> float:

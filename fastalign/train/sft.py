@@ -24,8 +24,10 @@ from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.run import (
     Run,
     Stateful,
+    at_least,
     autocast,
     begin,
+    check_context,
     peak_memory_gib,
 )
 
@@ -47,8 +49,13 @@ class SFTConfig(OptimConfig):
     """Use these records only, as a Python slice: 0:2000."""
     limit: int | None = None
     """Use at most this many records."""
+    split: str | None = None
+    """Split of a folder or data set that has more than one."""
     eval_data: str | None = None
-    """Held-out data. By default: the built-in task's test split, or --data with --eval_lines."""
+    """Held-out data. By default: the built-in task's test split, or --data with --eval_split or
+    --eval_lines."""
+    eval_split: str | None = None
+    """Split of the held-out data."""
     eval_lines: str | None = None
     """Held-out records of --eval_data (or of --data), as a Python slice."""
     eval_limit: int | None = 400
@@ -67,6 +74,12 @@ class SFTConfig(OptimConfig):
     """Peak learning rate (1e-3 suits small models from scratch; 1e-5 a pretrained one)."""
     eval_every: int = 50
     """Steps between evaluations on held-out data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "epochs", "batch_tokens", "micro_tokens", "eval_every")
+        at_least(self, 2, "max_length")
+        at_least(self, 258, "vocab_size")
 
 
 def packed(examples: list[TokenizedCompletion]) -> Packed:
@@ -97,7 +110,7 @@ def load_data(
     config: SFTConfig,
 ) -> tuple[Any, list[TokenizedCompletion], list[TokenizedCompletion]]:
     """Tokenizer, training and held-out examples."""
-    records, report = source.completions(config.data, "train", config.lines, config.limit)
+    records, report = source.completions(config.data, config.split, config.lines, config.limit)
     if config.model.startswith("scratch:"):
         texts = [t for r in records for t in (as_text(r.prompt), as_text(r.completion))]
         tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -105,14 +118,15 @@ def load_data(
         tokenizer = load_tokenizer(config.model)
     train = tokenize_completions(records, tokenizer, report, max_length=config.max_length)
     log.info("%s", report)
-    held_source = config.eval_data or (
-        config.data if config.eval_lines or source.synthetic_task(config.data) else None
+    held_source = source.held_out(
+        config.data, config.eval_data, config.eval_split, config.eval_lines
     )
     if held_source is None:
         return tokenizer, train, []
     held, held_report = source.completions(
-        held_source, "test", config.eval_lines, config.eval_limit
+        held_source, config.eval_split, config.eval_lines, config.eval_limit, held_out=True
     )
+    source.warn_of_overlap(records, held)
     test = tokenize_completions(held, tokenizer, held_report, max_length=config.max_length)
     log.info("%s", held_report)
     return tokenizer, train, test
@@ -128,6 +142,7 @@ def train(config: SFTConfig) -> Path:
     device = begin(config)
     tokenizer, examples, held_out = load_data(config)
     policy = Policy.load(config.model, tokenizer, max_length=config.max_length).to(device)
+    check_context(config.max_length, policy.max_length, config.model)
     policy.train()
 
     lengths = [len(e.prompt) + len(e.completion) for e in examples]
