@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -118,6 +119,8 @@ def parse(name: str, config_class: type, argv: list[str]) -> Any:
         return config_class(**parser.instantiate_classes(values).as_dict())
     except UserError as error:
         fail(f"{name}: {error}")
+    except UnicodeDecodeError:
+        fail(f"{name}: --config: not UTF-8 text")
 
 
 def run_folder(values: Any) -> Path:
@@ -128,12 +131,22 @@ def run_folder(values: Any) -> Path:
 
 
 def explain(message: str, options: list[str]) -> str:
-    """jsonargparse's message in one line, with the nearest option where one is unknown."""
+    """jsonargparse's message in one line, in our words where the mistake is a common one."""
     text = " ".join(message.split())
-    for word in text.replace("=", " ").split():
-        word = word.strip("'\",:")
-        if word.startswith("--") and word not in options and "nrecognized" in text:
+    for pattern in (
+        r"nrecognized arguments: --([\w.]+)",
+        r"(?:Group '(\w+)' does not accept o|O)ption '([\w.]+)'",
+    ):
+        unknown = re.search(pattern, text)
+        if unknown:
+            word = "--" + ".".join(part for part in unknown.groups() if part)
             return f"unknown option {word}{nearest(word, options)}"
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    types = re.findall(r"Expected a <class '(\w+)'>", text)
+    value = re.search(r"(?:Got|Given) value: (.*)$", text)
+    if key and types and value:
+        expected = " or ".join(name for name in types if name != "NoneType")
+        return f"--{key[1]}: expected {expected}, got {value[1]!r}"
     return text
 
 
