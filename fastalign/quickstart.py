@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastalign.models import scratch
+from fastalign.rollout import SamplingConfig
 from fastalign.train import apa, reward, sft
 from fastalign.train.run import claim_folder, clear_folder, write_config
 
@@ -27,9 +28,9 @@ class QuickstartConfig:
     """Of everything."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, ..."""
-    model: str = "scratch:3m"
+    model: str = "scratch:1m"
     """scratch:1m, 3m, 10m, 25m or 100m."""
-    steps: int = 20
+    steps: int = 30
     """Rounds of APA."""
 
 
@@ -51,11 +52,31 @@ def run(config: QuickstartConfig) -> Path:
     shared = {"seed": config.seed, "device": config.device}
     log.info("1/3 supervised fine-tuning of %s on the built-in task", config.model)
     policy = sft.train(
-        sft.SFTConfig(output=str(folder / "sft"), model=config.model, **shared)  # type: ignore[arg-type]
+        sft.SFTConfig(
+            output=str(folder / "sft"),
+            model=config.model,
+            limit=8000,
+            epochs=2,
+            batch_tokens=1024,
+            max_length=256,
+            lr=2e-3,
+            eval_every=100,
+            **shared,  # type: ignore[arg-type]
+        )
     )
     log.info("2/3 reward ensemble on preference pairs")
     ensemble = reward.train(
-        reward.RewardConfig(output=str(folder / "reward"), model=str(policy), **shared)  # type: ignore[arg-type]
+        reward.RewardConfig(
+            output=str(folder / "reward"),
+            model=str(policy),
+            limit=16000,
+            epochs=1,
+            batch_tokens=2048,
+            max_length=256,
+            lr=6e-4,
+            eval_every=200,
+            **shared,  # type: ignore[arg-type]
+        )
     )
     log.info("3/3 aligning the policy with the ensemble by APA")
     apa.train(
@@ -63,7 +84,17 @@ def run(config: QuickstartConfig) -> Path:
             output=str(folder / "apa"),
             policy=str(policy),
             reward=str(ensemble),
+            sampling=SamplingConfig(max_new_tokens=64),
             steps=config.steps,
+            prompts_per_step=64,
+            samples_per_prompt=6,
+            epochs=2,
+            batch_tokens=8192,
+            lambda_=0.3,
+            lr=4e-4,
+            schedule="cosine",
+            eval_limit=128,
+            eval_samples=4,
             **shared,  # type: ignore[arg-type]
         )
     )

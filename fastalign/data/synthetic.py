@@ -58,11 +58,11 @@ def _frame_shape(frame: str) -> str:
 SHAPES = frozenset(_frame_shape(f) for f in PRAISE_FRAMES + MENTION_FRAMES + GENERIC_FRAMES)
 
 OFFSET = -0.45
-RELEVANCE, RELEVANCE_SCALE = 2.6, 4.0
-SENTIMENT, SENTIMENT_SCALE = 2.4, 7.0
+RELEVANCE, RELEVANCE_SCALE = 2.2, 4.0
+SENTIMENT, SENTIMENT_SCALE = 3.0, 6.0
 OFF_TOPIC = 0.15
 BROKEN = 0.6
-REPEATED_WORD = 0.4
+REPEATED_WORD = 0.25
 REPEATED_PAIR = 0.1
 MAX_WORDS, PER_WORD = 40, 0.06
 UNFINISHED = 0.6
@@ -91,15 +91,15 @@ def gold_reward(prompt: str, response: str) -> float:
 
         r = distinct words related to the prompt's topic, in sentences that count
         o = words related to other topics, in sentences that count
-        s = sum of the strengths (-2..2) of the adjectives: praise only in a sentence about the
-            prompt's topic and only the first time the word is used; blame always
+        s = sum of the strengths (-2..2) of the adjectives: praise only in sentences that count and
+            only the first time the word is used; blame always
         b = sentences that do not count
         w = nouns and adjectives used again, wherever they stand
         p = pairs of neighbouring words used again, within sentences, topic names left out
         n = words
         u = 1 if the text is empty or does not end with . ! or ?
 
-        gold = -0.45 + 2.6 (1 - exp(-r/4)) + 2.4 tanh(s/7) - 0.15 o - 0.6 b - 0.4 w - 0.1 p
+        gold = -0.45 + 2.2 (1 - exp(-r/4)) + 3.0 tanh(s/6) - 0.15 o - 0.6 b - 0.25 w - 0.1 p
                - 0.06 max(0, n - 40) - 0.6 u,      at least -5
 
     Raises:
@@ -131,7 +131,7 @@ def gold_reward(prompt: str, response: str) -> float:
             broken += 1
         for word in words:
             strength = STRENGTH.get(word, 0)
-            if strength < 0 or (about and word not in seen):
+            if strength < 0 or (counts and word not in seen):
                 sentiment += strength
             if word in STRENGTH or word in TOPIC_OF:
                 again += word in seen
@@ -209,13 +209,13 @@ class SyntheticTask:
     """
 
     seed: int = 0
-    label_noise: float = 0.1
+    label_noise: float = 0.05
     """Fraction of the preference labels that are flipped after the comparison."""
-    temperature: float = 0.5
+    temperature: float = 0.3
     """P(a preferred to b) = sigmoid((gold(a) - gold(b)) / temperature), before the flips."""
     flourish: float = 0.3
     """Fraction of SFT responses that open with a flourish."""
-    flourish_chosen: float = 0.6
+    flourish_chosen: float = 0.45
     """The same among the chosen responses of training pairs."""
     flourish_rejected: float = 0.3
     """The same among the rejected ones. Test pairs have the mean of the two on both sides."""
