@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +81,50 @@ def pytest_make_collect_report(
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model along the whole road, a few steps of each: the runs sft, reward and apa."""
+    from fastalign.rollout import SamplingConfig
+    from fastalign.train import apa, reward, sft
+
+    folder = tmp_path_factory.mktemp("road")
+    model = str(folder / "sft" / "model")
+    sft.train(
+        sft.SFTConfig(
+            output=str(folder / "sft"),
+            model="scratch:1m",
+            vocab_size=300,
+            max_length=256,
+            limit=60,
+            epochs=2,
+            batch_tokens=1024,
+            eval_limit=8,
+        )
+    )
+    reward.train(
+        reward.RewardConfig(
+            output=str(folder / "reward"),
+            model=model,
+            max_length=256,
+            heads=3,
+            limit=40,
+            batch_tokens=2048,
+            eval_limit=8,
+        )
+    )
+    apa.train(
+        apa.APAConfig(
+            output=str(folder / "apa"),
+            policy=model,
+            reward=str(folder / "reward" / "model"),
+            steps=2,
+            prompts_per_step=4,
+            samples_per_prompt=2,
+            eval_limit=4,
+            eval_samples=2,
+            sampling=SamplingConfig(max_new_tokens=12),
+        )
+    )
+    return folder

@@ -71,6 +71,8 @@ class RewardEnsemble(nn.Module):
         super().__init__()
         register()
         self.encoder = encoder
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # unused, and of random weights where loading made it
         encoder.set_attn_implementation(NAME)
         check_packed(
             encoder,
