@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,34 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@contextmanager
+def a_single_thread() -> Iterator[None]:
+    """For tiny models: threads have nothing to share, and wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with a_single_thread():
+        yield
+
+
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model along the whole road, a few steps of each: the runs sft, reward and apa."""
+    folder = tmp_path_factory.mktemp("road")
+    with a_single_thread():
+        train_road(folder)
+    return folder
+
+
+def train_road(folder: Path) -> None:
     from fastalign.rollout import SamplingConfig
     from fastalign.train import apa, reward, sft
 
-    folder = tmp_path_factory.mktemp("road")
     model = str(folder / "sft" / "model")
     sft.train(
         sft.SFTConfig(
@@ -127,4 +149,3 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sampling=SamplingConfig(max_new_tokens=12),
         )
     )
-    return folder

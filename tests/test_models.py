@@ -27,6 +27,8 @@ from fastalign.models.attention import attention
 from fastalign.models.reward import EnsembleConfig, check_same_tokenizer
 from fastalign.testing import TOLERANCES, assert_no_worse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -14,6 +14,8 @@ from fastalign.models import Policy
 from fastalign.rollout import SamplingConfig, TransformersEngine
 from fastalign.testing import assert_no_worse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 40
 PROMPTS = [[5, 9, 3, 30, 31, 32, 33], [7], [11, 12, 13], [20, 19, 18, 17, 16]]
 

@@ -1,0 +1,171 @@
+"""Checkpoints: whole or not there, damage found and named, random states, which ones stay."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from fastalign.train import checkpoint
+from fastalign.train.checkpoint import Checkpoint, CheckpointError
+
+
+def made(step, value=1.0):
+    tensors = {"policy.weight": torch.full((3, 2), value), "policy.count": torch.tensor(step)}
+    state = {"optimizer": {"lr": value, "moments": [torch.ones(2) * step]}, "name": "run"}
+    return Checkpoint(step, tensors, state)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    shared = torch.randn(4, 4)
+    tensors = {
+        "a": shared,
+        "tied to a": shared,
+        "strided": shared[:, ::2],
+        "bf16": shared.bfloat16(),
+        "int": torch.arange(3),
+    }
+    deep: Any = (1, 2.5, None, "text", torch.ones(2))
+    state = {
+        "deep": [{"x": deep}],
+        "random": torch.get_rng_state(),
+    }
+    path = checkpoint.save(tmp_path / "new" / "folder", Checkpoint(7, tensors, state), keep=1)
+    assert path.name == "step-000007"
+    assert names(path) == ["manifest.json", "state.pt", "weights.safetensors"]
+    again = checkpoint.load(path)
+    assert again.step == 7 and again.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(again.tensors[name], tensor)
+        assert again.tensors[name].dtype == tensor.dtype
+    x = again.state["deep"][0]["x"]
+    assert x[:4] == deep[:4] and torch.equal(x[4], deep[4])
+    assert torch.equal(again.state["random"], state["random"])
+
+
+def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path):
+    """A crash at any moment before the rename leaves a partial folder, which nobody takes."""
+    checkpoint.save(tmp_path, made(5), keep=2)
+    partial = tmp_path / ".step-000010.partial"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"half")
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000005"]
+    found, damaged = checkpoint.newest_intact(tmp_path)
+    assert found.step == 5 and damaged == []
+    checkpoint.save(tmp_path, made(10), keep=2)  # the next attempt replaces it
+    assert names(tmp_path) == ["step-000005", "step-000010"]
+    assert checkpoint.load(tmp_path / "step-000010").step == 10
+
+
+@pytest.mark.parametrize("file", ["weights", "state", "manifest", "rename"])
+def test_a_crash_while_writing_leaves_the_old_ones(tmp_path, monkeypatch, file):
+    checkpoint.save(tmp_path, made(5), keep=1)
+
+    def crash(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        if file == "weights":
+            broken.setattr("safetensors.torch.save_file", crash)
+        elif file == "state":
+            broken.setattr(torch, "save", crash)
+        elif file == "manifest":
+            broken.setattr(json, "dumps", crash)
+        else:
+            broken.setattr("pathlib.Path.rename", crash)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.save(tmp_path, made(6), keep=1)
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000005"]
+    assert checkpoint.load(tmp_path / "step-000005").tensors["policy.count"] == 5
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES = {
+    "weights cut": ("weights.safetensors", cut, r"weights.safetensors has \d+ bytes, expected \d+"),
+    "weights flipped": ("weights.safetensors", flip, "weights.safetensors does not match"),
+    "weights missing": ("weights.safetensors", lambda p: p.unlink(), "weights.safetensors is miss"),
+    "state cut": ("state.pt", cut, r"state.pt has \d+ bytes, expected \d+"),
+    "state flipped": ("state.pt", flip, "state.pt does not match its checksum"),
+    "state missing": ("state.pt", lambda p: p.unlink(), "state.pt is missing"),
+    "manifest cut": ("manifest.json", lambda p: p.write_text("{"), "manifest.json is not readable"),
+    "manifest empty": ("manifest.json", lambda p: p.write_text("{}"), "manifest.json is not read"),
+    "manifest a list": ("manifest.json", lambda p: p.write_text("[]"), "manifest.json is not read"),
+    "manifest binary": (
+        "manifest.json",
+        lambda p: p.write_bytes(b"\xff"),
+        "manifest.json is not read",
+    ),
+    "manifest missing": ("manifest.json", lambda p: p.unlink(), "manifest.json is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_named_and_passed_over(tmp_path, damage):
+    file, do, message = DAMAGES[damage]
+    for step in (5, 10):
+        checkpoint.save(tmp_path, made(step), keep=3)
+    do(tmp_path / "step-000010" / file)
+    with pytest.raises(CheckpointError, match=f"damaged checkpoint .*-000010: {message}") as e:
+        checkpoint.load(tmp_path / "step-000010")
+    assert "\n" not in str(e.value)
+    found, damaged = checkpoint.newest_intact(tmp_path)
+    assert found.step == 5 and damaged == [str(e.value)]
+    (tmp_path / "step-000005" / file).unlink()
+    with pytest.raises(CheckpointError, match="nothing to resume: damaged checkpoint .*step-00001"):
+        checkpoint.newest_intact(tmp_path)
+
+
+def test_nothing_to_resume(tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(CheckpointError, match="nothing to resume: no checkpoint in"):
+            checkpoint.newest_intact(folder)
+        with pytest.raises(CheckpointError, match="nothing to resume: no checkpoint in"):
+            checkpoint.check_there("auto", folder)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        checkpoint.load(tmp_path / "step-000001")
+    with pytest.raises(CheckpointError, match="nothing to resume: no checkpoint at"):
+        checkpoint.check_there(str(tmp_path / "step-000001"), tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_stay(tmp_path, keep):
+    steps = [2, 9, 10, 100, 1_000_000]
+    for step in steps:
+        checkpoint.save(tmp_path, made(step), keep)
+    assert [int(p.name[5:]) for p in checkpoint.found(tmp_path)] == steps[-keep:]
+
+
+def test_going_back_removes_the_future_that_was_left(tmp_path):
+    """After step 5 is resumed and runs to 10 again, the old 15 must not be taken for the newest."""
+    for step in (5, 10, 15):
+        checkpoint.save(tmp_path, made(step, 1.0), keep=3)
+    checkpoint.save(tmp_path, made(10, 2.0), keep=2)
+    assert names(tmp_path) == ["step-000005", "step-000010"]
+    assert checkpoint.newest_intact(tmp_path)[0].tensors["policy.weight"][0, 0] == 2.0
+
+
+def test_every_random_state_comes_back(tmp_path):
+    def draw():
+        return random.random(), torch.rand(3).tolist(), torch.randperm(9).tolist()
+
+    random.seed(1)
+    draw()
+    path = checkpoint.save(tmp_path, Checkpoint(1, {}, checkpoint.random_state()), keep=1)
+    expected = draw()
+    assert draw() != expected
+    checkpoint.set_random_state(checkpoint.load(path).state)
+    assert draw() == expected

@@ -1,0 +1,403 @@
+"""The three training loops: what they log, that they learn, that a resumed run is the same run."""
+
+import dataclasses
+import json
+import signal
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastalign
+from fastalign.models import Policy
+from fastalign.rollout import Rollout, SamplingConfig
+from fastalign.testing import TOLERANCES
+from fastalign.train import apa, reward, sft
+from fastalign.train.evaluate import _mean_and_error
+from fastalign.train.experience import Experience
+from fastalign.train.moments import RunningMoments
+from fastalign.train.optim import OptimConfig, Optimizer
+from fastalign.train.run import Interrupted, Run, RunError, first_non_finite
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLOAT32 = TOLERANCES[torch.float32].floor
+CLOCKS = {"time", "tokens_per_s", "memory_gib"}
+
+
+def lines_of(folder, phase=None):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if phase in (None, line["phase"])]
+
+
+def without_clocks(lines):
+    return [
+        {k: v for k, v in line.items() if k not in CLOCKS and not k.startswith("time/")}
+        for line in lines
+    ]
+
+
+# --- what is logged ---------------------------------------------------------------------------
+
+COMMON = {"step", "phase", "time"}
+TRAIN = COMMON | {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib"}
+REWARDS = {"reward/proxy", "reward/proxy_std", "reward/gold", "reward/gold_std"}
+POLICY = REWARDS | {"kl/k1", "kl/k3", "entropy", "length", "finished", "reward/disagreement"}
+HEADS = {"reward/head_0", "reward/head_1", "reward/head_2"}
+PHASES = {"time/generate", "time/score", "time/reference", "time/update"}
+ERRORS = {f"{name}_stderr" for name in ("reward/proxy", "reward/gold", "kl/k1", "kl/k3")}
+KEYS = {
+    ("sft", "train"): TRAIN | {"perplexity"},
+    ("sft", "eval"): COMMON | {"loss", "perplexity"},
+    ("reward", "train"): TRAIN | {"accuracy"},
+    ("reward", "eval"): COMMON
+    | {"loss", "accuracy", "accuracy/ci95", "disagreement"}
+    | {"accuracy/head_0", "accuracy/head_1", "accuracy/head_2"},
+    ("apa", "train"): TRAIN
+    | POLICY
+    | HEADS
+    | PHASES
+    | {"loss/policy", "loss/value", "value/explained_variance", "advantage/std"},
+    ("apa", "eval"): COMMON | POLICY | HEADS | ERRORS | {"n", "sampling_gap"},
+}
+
+
+@pytest.mark.parametrize(("run", "phase"), KEYS)
+def test_every_line_has_its_keys_and_finite_numbers(road, run, phase):
+    lines = lines_of(road / run, phase)
+    assert lines
+    for line in lines:
+        assert set(line) == KEYS[run, phase]
+        numbers = torch.tensor([v for v in line.values() if not isinstance(v, str)])
+        assert torch.isfinite(numbers).all()
+
+
+def test_steps_count_up(road):
+    for run in ("sft", "reward", "apa"):
+        steps = [line["step"] for line in lines_of(road / run, "train")]
+        assert steps == list(range(1, len(steps) + 1))
+    assert [line["step"] for line in lines_of(road / "apa", "eval")] == [0, 2]
+
+
+def test_sft_learns(road):
+    train, held = lines_of(road / "sft", "train"), lines_of(road / "sft", "eval")
+    assert train[-1]["loss"] < train[0]["loss"] - 0.5
+    assert held[-1]["loss"] < held[0]["loss"] - 0.5
+    assert train[0]["loss"] > 5.0  # about log(300) of an untrained model
+    assert train[0]["lr"] <= max(line["lr"] for line in train) == pytest.approx(1e-3)
+
+
+def test_reward_heads_are_standardised(road):
+    """The mean over training samples of each head is 0; held-out pairs are near that."""
+    line = lines_of(road / "reward", "eval")[-1]
+    assert 0.0 < line["disagreement"] < 2.0
+    assert 0.0 <= line["accuracy"] <= 1.0 and line["accuracy/ci95"] < 0.4
+    heads = load_file(road / "reward" / "model" / "heads.safetensors")
+    assert (heads["scale"] != 1).all() and (heads["center"] != 0).all()
+
+
+def test_evaluation_before_and_after(road):
+    found = json.loads((road / "apa" / "evaluation.json").read_text())
+    evals = lines_of(road / "apa", "eval")
+    for when, line in (("before", evals[0]), ("after", evals[1])):
+        assert found[when] == {k: v for k, v in line.items() if k not in COMMON}
+        assert found[when]["n"] == 8
+        # Sampler and trainer agree on the log-probs of the same tokens.
+        assert found[when]["sampling_gap"] < 10 * FLOAT32
+    assert found["before"]["kl/k1"] == pytest.approx(0.0, abs=100 * FLOAT32)
+    assert found["before"]["kl/k3"] == pytest.approx(0.0, abs=100 * FLOAT32)
+    assert found["after"]["kl/k3"] > 0.0
+    assert (found["method"], found["proxy"]) == ("apa", "mean")
+    assert (found["n_prompts"], found["n_samples"]) == (4, 2)
+    samples = [json.loads(s) for s in (road / "apa" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    for sample in samples:
+        assert set(sample) == {"prompt", "before", "after", "before_reward", "after_reward"}
+        assert sample["before_reward"].keys() == {"proxy", "gold"}
+        assert "Human:" in sample["prompt"] and isinstance(sample["after"], str)
+
+
+# --- a resumed run is the same run --------------------------------------------------------------
+
+
+def sft_config(folder, road):
+    return sft.SFTConfig(
+        output=str(folder),
+        model="scratch:1m",
+        vocab_size=300,
+        limit=12,
+        batch_tokens=512,
+        eval_limit=4,
+        eval_every=2,
+        checkpoint_every=2,
+    )
+
+
+def reward_config(folder, road):
+    return reward.RewardConfig(
+        output=str(folder),
+        model=str(road / "sft" / "model"),
+        max_length=256,
+        heads=3,
+        limit=12,
+        batch_tokens=512,
+        eval_limit=4,
+        eval_every=2,
+        checkpoint_every=2,
+    )
+
+
+def apa_config(folder, road, **changes):
+    values: dict[str, Any] = {
+        "output": str(folder),
+        "policy": str(road / "sft" / "model"),
+        "reward": str(road / "reward" / "model"),
+        "steps": 4,
+        "prompts_per_step": 3,
+        "samples_per_prompt": 2,
+        "batch_tokens": 256,
+        "eval_limit": 2,
+        "eval_samples": 2,
+        "checkpoint_every": 2,
+        "sampling": SamplingConfig(max_new_tokens=8),
+    }
+    return apa.APAConfig(**(values | changes))
+
+
+METHODS: dict[str, tuple[Any, Any, str]] = {
+    "sft": (sft.train, sft_config, "model.safetensors"),
+    "reward": (reward.train, reward_config, "heads.safetensors"),
+    "apa": (apa.train, apa_config, "model.safetensors"),
+}
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C in the middle of a step."""
+    plain = Run.log
+
+    def log(self, at, phase, metrics):
+        plain(self, at, phase, metrics)
+        if at == step and phase == "train":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Run, "log", log)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_and_resumed_is_bit_for_bit_the_same(road, tmp_path, monkeypatch, method):
+    train, make, file = METHODS[method]
+    train(make(tmp_path / "whole", road))
+    whole = lines_of(tmp_path / "whole")
+    total = whole[-1]["step"]
+    assert total >= 4
+    with monkeypatch.context() as stopping:
+        interrupt_at(stopping, 3)
+        with pytest.raises(Interrupted, match="stopped at step 3; go on with --resume"):
+            train(make(tmp_path / "parts", road))
+    assert lines_of(tmp_path / "parts")[-1]["step"] == 3
+    # What a killed process may leave behind: a line of a step to come, and half a line.
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 4, "phase": "train", "time": 0, "loss": 99.0}\n{"step": 4, "pha')
+    torch.rand(7)  # the random state of the new process is another one
+    train(dataclasses.replace(make(tmp_path / "parts", road), resume="auto"))
+    assert without_clocks(lines_of(tmp_path / "parts")) == without_clocks(whole)
+    for name in {file, "model.safetensors"}:
+        ours = load_file(tmp_path / "whole" / "model" / name)
+        theirs = load_file(tmp_path / "parts" / "model" / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    if method == "apa":
+        ours, theirs = (
+            json.loads((tmp_path / run / "evaluation.json").read_text())
+            for run in ("whole", "parts")
+        )
+        assert (ours["before"], ours["after"]) == (theirs["before"], theirs["after"])
+
+
+def test_resuming_what_is_finished_changes_nothing(road, tmp_path):
+    folder = tmp_path / "apa"
+    apa.train(apa_config(folder, road, steps=1))
+    kept = ("metrics.jsonl", "samples.jsonl", "model/model.safetensors")
+    before = [(folder / name).read_bytes() for name in kept]
+    numbers = json.loads((folder / "evaluation.json").read_text())
+    apa.train(apa_config(folder, road, steps=1, resume="auto"))
+    assert [(folder / name).read_bytes() for name in kept] == before
+    again = json.loads((folder / "evaluation.json").read_text())
+    assert (again["before"], again["after"]) == (numbers["before"], numbers["after"])
+
+
+def test_another_architecture_is_refused(road, tmp_path):
+    saved = str(sorted((road / "sft" / "checkpoints").iterdir())[-1])
+    with pytest.raises(RunError, match="the checkpoint is of another architecture"):
+        config = sft_config(tmp_path, road)
+        sft.train(dataclasses.replace(config, model="scratch:2m", resume=saved))
+
+
+# --- APA ----------------------------------------------------------------------------------------
+
+
+def test_reference_and_cpp_train_the_same(road, tmp_path):
+    moved = {}
+    start = load_file(road / "sft" / "model" / "model.safetensors")
+    for name in ("reference", "cpp"):
+        with fastalign.backend(name):
+            apa.train(apa_config(tmp_path / name, road, steps=1, batch_tokens=4096, epochs=1))
+        after = load_file(tmp_path / name / "model" / "model.safetensors")
+        moved[name] = torch.cat([(after[k] - start[k]).flatten() for k in start])
+    one, two = (lines_of(tmp_path / name, "train")[0] for name in moved)
+    assert one.keys() == two.keys()
+    for key in one.keys() - CLOCKS - PHASES:
+        if not isinstance(one[key], str):
+            assert one[key] == pytest.approx(two[key], rel=100 * FLOAT32, abs=100 * FLOAT32), key
+    # Adam divides by the gradient's size, so where a gradient is 0 to rounding its sign decides.
+    distance = (moved["reference"] - moved["cpp"]).abs().mean() / moved["cpp"].abs().mean()
+    assert distance < 1e-2 and moved["cpp"].abs().max() > 1e-5
+
+
+def tiny_policy():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=24,
+        )
+    )
+    return Policy(model, value_head=True)
+
+
+def one_token_answers(policy):
+    """An experience of four one-token answers to one prompt, and their log-probs under `policy`."""
+    rollouts = [Rollout(0, [5, 6], [token], [0.0], False) for token in (10, 11, 12, 13)]
+    with torch.no_grad():
+        packed = apa.experience.packed(rollouts)
+        logp = policy.logprobs(packed)[0][packed.targets >= 0]
+    scores = torch.zeros(4, 1)
+    cu_seqlens = torch.arange(5).int()
+    found = Experience(rollouts, cu_seqlens, logp, logp, scores, scores[:, 0], None, 12, {})
+    return found, logp
+
+
+@pytest.mark.parametrize("lambda_", [0.5, 2.0])
+def test_apa_moves_logprobs_to_ref_plus_advantage_over_lambda(lambda_):
+    """Sign after one update, size after many: log pi - log pi_init -> Adv / lambda."""
+    policy = tiny_policy()
+    found, start = one_token_answers(policy)
+    advantages = torch.tensor([0.5, -0.5, 0.25, 0.0])
+    tokens = {"advantages": advantages, "ref_logp": start, "returns": torch.zeros(4)}
+    config = apa.APAConfig(lambda_=lambda_, epochs=1, lr=3e-3, value_lr=3e-3, warmup=0.0)
+    optimizer = Optimizer(config, policy, 1)
+    run = Run(config, "apa", 1)
+
+    def change():
+        return one_token_answers(policy)[1] - start
+
+    first = apa.update(run, 1, policy, optimizer, found, tokens, config)
+    assert first["loss/policy"] == pytest.approx((advantages / lambda_).square().mean().item())
+    assert torch.equal(change()[:3].sign(), advantages[:3].sign())
+    for step in range(2, 300):
+        last = apa.update(run, step, policy, optimizer, found, tokens, config)
+    assert last["loss/policy"] < 1e-4
+    assert (change() - advantages / lambda_).abs().max() < 0.02
+    # Equation check with numbers: lambda 0.5 doubles the probability's log-ratio of lambda 1.
+    assert change()[0].item() == pytest.approx(0.5 / lambda_, abs=0.02)
+
+
+def test_the_reward_stands_on_the_last_token(monkeypatch):
+    """gamma = lam = 1 and V = 0: every token's advantage is the response's scaled reward."""
+    policy = tiny_policy()
+    rollouts = [
+        Rollout(0, [5, 6], [1, 2, 3], [0.0] * 3, True),
+        Rollout(1, [7], [4], [0.0], True),
+    ]
+    scores = torch.tensor([[2.0], [-1.0]])
+    cu_seqlens = torch.tensor([0, 3, 4]).int()
+    logp = torch.zeros(4)
+    found = Experience(rollouts, cu_seqlens, logp, logp, scores, scores[:, 0], None, 7, {})
+    config = apa.APAConfig(gamma=1.0, lam=1.0, whiten=False)
+    tokens, metrics = apa.learn_from(found, policy, scores[:, 0], config)
+    assert tokens["advantages"].tolist() == [2.0, 2.0, 2.0, -1.0]
+    assert tokens["returns"].tolist() == [2.0, 2.0, 2.0, -1.0]
+    assert metrics["advantage/std"] == pytest.approx(1.5)
+    assert metrics["value/explained_variance"] == pytest.approx(0.0)
+    half, _ = apa.learn_from(found, policy, scores[:, 0], dataclasses.replace(config, gamma=0.5))
+    assert half["advantages"].tolist() == [0.5, 1.0, 2.0, -1.0]
+    white, _ = apa.learn_from(found, policy, scores[:, 0], dataclasses.replace(config, whiten=True))
+    assert white["advantages"].mean().item() == pytest.approx(0.0, abs=10 * FLOAT32)
+    assert torch.equal(white["returns"], tokens["returns"])
+    assert found.per_response(torch.tensor([1.0, 2.0, 4.0, 8.0])).tolist() == [7.0, 8.0]
+
+
+def test_prompts_are_used_once_before_any_is_used_again():
+    config = apa.APAConfig(prompts_per_step=4, seed=3)
+    chosen = [i for step in range(1, 6) for i in apa.choose_prompts(10, config, step)]
+    assert sorted(chosen[:10]) == sorted(chosen[10:]) == list(range(10))
+    assert chosen[:10] != chosen[10:]
+    assert chosen[4:8] == apa.choose_prompts(10, config, 2)
+
+
+# --- the parts ----------------------------------------------------------------------------------
+
+
+def test_running_moments():
+    """[1, 2, 3, 4], then [2, 4]: the moments of all six, batch by batch."""
+    moments = RunningMoments()
+    assert moments.std == 0.0
+    moments.update(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert (moments.mean, moments.std) == (2.5, pytest.approx(1.290994449, abs=1e-9))
+    moments.update(torch.tensor([]))
+    again = RunningMoments()
+    again.load_state_dict(moments.state_dict())
+    again.update(torch.tensor([[2.0], [4.0]]))
+    assert again.mean == pytest.approx(2.666666667, abs=1e-9)
+    assert again.std == pytest.approx(1.211060142, abs=1e-9)
+
+
+def test_standard_errors_are_over_prompts():
+    """Two prompts, two samples each: means 2 and 6, so 4 +- std(2, 6) / sqrt(2) = 2."""
+    assert _mean_and_error(torch.tensor([1.0, 3.0, 5.0, 7.0]), 2) == (4.0, pytest.approx(2.0))
+    assert _mean_and_error(torch.tensor([1.0, 3.0, 5.0, 7.0]), 1)[1] == pytest.approx(1.2909944)
+
+
+def test_bootstrap_draws_are_apart_and_whole():
+    weights = reward.bootstrap_weights(200, 3, seed=5)
+    assert weights.sum(0).tolist() == [200, 200, 200]
+    assert torch.equal(weights, reward.bootstrap_weights(200, 3, seed=5))
+    assert not torch.equal(weights[:, 0], weights[:, 1])
+    assert ((weights == 0).float().mean(0) - 0.368).abs().max() < 0.1  # 1/e of the pairs unseen
+
+
+def test_learning_rates():
+    """4 warm-up steps of 40, then a cosine to a tenth; the value head's rate; who is decayed."""
+    policy = tiny_policy()
+    config = OptimConfig(lr=1.0, warmup=0.1, weight_decay=0.5, schedule="cosine")
+    optimizer = Optimizer(config, policy, 40, {"value_head": 3.0})
+    groups = optimizer.adam.param_groups
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    seen = []
+    for _ in range(41):
+        seen.append([group["lr"] for group in groups])
+        optimizer.adam.step()
+        optimizer.next_step()
+    by_parameter = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+    assert len(by_parameter) == len(list(policy.parameters()))
+    for name, parameter in policy.named_parameters():
+        i = by_parameter[id(parameter)]
+        peak = 3.0 if name.startswith("value_head") else 1.0
+        rates = [lrs[i] / peak for lrs in seen]
+        assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+        assert (rates[22], rates[40]) == pytest.approx((0.55, 0.1))
+        assert groups[i]["weight_decay"] == (0.5 if parameter.ndim >= 2 else 0.0)
+
+
+def test_the_first_tensor_that_is_not_finite_is_named():
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), float("inf")])
+    assert first_non_finite([("a", good), ("b", None)]) is None
+    assert first_non_finite([("a", good), ("b", bad), ("c", bad)]) == (
+        "b (first NaN among 3 values)"
+    )
+    assert first_non_finite([("c", good / 0)]) == "c (first infinity among 3 values)"
