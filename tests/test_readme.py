@@ -23,9 +23,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS: list[tuple[str, str]] = re.findall(
     r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
 )
-COMMANDS = [
-    line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.strip()
-]
+SHELL = "".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
+COMMANDS = [line for line in SHELL.splitlines() if line.strip()]
 FASTALIGN = [line for line in COMMANDS if line.startswith("fastalign ")]
 
 
@@ -119,18 +118,18 @@ def test_commands_and_options_exist(
 
 def test_every_command_and_make_target_is_there() -> None:
     commands = {" ".join(line.split()[1 : 3 if "train" in line else 2]) for line in FASTALIGN}
-    assert commands == set(cli.COMMANDS) - {"quickstart"}
+    assert commands | {"quickstart"} == set(cli.COMMANDS)
     makefile = (ROOT / "Makefile").read_text()
     targets = [line.split()[1] for line in COMMANDS if line.startswith("make ")]
-    assert targets == ["quickstart", "test"]
+    assert targets[:2] == ["quickstart", "test"]
     for target in targets:
         assert re.search(rf"^{target}: .*## ", makefile, re.MULTILINE)
     assert "fastalign quickstart --output runs/quickstart" in makefile
-    assert [line for line in COMMANDS if not line.startswith(("make ", "fastalign "))] == [
-        "pip install --no-build-isolation ."
-    ]
+    others = [line for line in COMMANDS if not line.startswith(("make ", "fastalign "))]
+    assert others == ["pip install --no-build-isolation ."]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_road_on_ones_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands of the page, on 40 pairs and a very small model instead of a large one."""
     monkeypatch.chdir(tmp_path)
