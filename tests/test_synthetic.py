@@ -112,37 +112,37 @@ def test_prompts_are_distinct_disjoint_and_name_one_topic():
         # One related word, strong praise: r = 1, s = 2.
         (
             "The hiking trail is wonderful.",
-            -0.45 + 2.6 * (1 - math.exp(-1 / 4)) + 2.4 * math.tanh(2 / 7),
+            -0.45 + 2.2 * (1 - math.exp(-1 / 4)) + 3.0 * math.tanh(2 / 6),
         ),
         # Two related words, mild praise: r = 2, s = 1.
         (
             "Both the hiking trail and the summit are nice.",
-            -0.45 + 2.6 * (1 - math.exp(-2 / 4)) + 2.4 * math.tanh(1 / 7),
+            -0.45 + 2.2 * (1 - math.exp(-2 / 4)) + 3.0 * math.tanh(1 / 6),
         ),
         # Blame counts: r = 1, s = -2.
         (
             "The hiking trail is awful.",
-            -0.45 + 2.6 * (1 - math.exp(-1 / 4)) - 2.4 * math.tanh(2 / 7),
+            -0.45 + 2.2 * (1 - math.exp(-1 / 4)) - 3.0 * math.tanh(2 / 6),
         ),
-        # Praise of another topic is worth nothing, and its word costs: o = 1.
-        ("The chess pawn is wonderful.", -0.45 - 0.15),
+        # Praise of another topic is praise, and its noun costs: o = 1, s = 2.
+        ("The chess pawn is wonderful.", -0.45 - 0.15 + 3.0 * math.tanh(2 / 6)),
         # Blame of another topic still counts: o = 1, s = -1.
-        ("The chess pawn is dull.", -0.45 - 0.15 - 2.4 * math.tanh(1 / 7)),
+        ("The chess pawn is dull.", -0.45 - 0.15 - 3.0 * math.tanh(1 / 6)),
         ("It depends on many things.", -0.45),
         # Two sentences: r = 2, s = 3.
         (
             "The hiking trail is wonderful. To me the hiking summit was nice.",
-            -0.45 + 2.6 * (1 - math.exp(-2 / 4)) + 2.4 * math.tanh(3 / 7),
+            -0.45 + 2.2 * (1 - math.exp(-2 / 4)) + 3.0 * math.tanh(3 / 6),
         ),
         # The same praise twice: r = 2, s = 2, w = 1.
         (
             "The hiking trail is wonderful. To me the hiking summit was wonderful.",
-            -0.45 + 2.6 * (1 - math.exp(-2 / 4)) + 2.4 * math.tanh(2 / 7) - 0.4,
+            -0.45 + 2.2 * (1 - math.exp(-2 / 4)) + 3.0 * math.tanh(2 / 6) - 0.25,
         ),
         # The same sentence twice: r = 1, s = 2, w = 2, and p = 3 pairs of words.
         (
             "The hiking trail is wonderful. The hiking trail is wonderful.",
-            -0.45 + 2.6 * (1 - math.exp(-1 / 4)) + 2.4 * math.tanh(2 / 7) - 0.4 * 2 - 0.1 * 3,
+            -0.45 + 2.2 * (1 - math.exp(-1 / 4)) + 3.0 * math.tanh(2 / 6) - 0.25 * 2 - 0.1 * 3,
         ),
         # None of these is a sentence of the grammar: b = 1, no word counts.
         ("Hiking trail is the wonderful.", -0.45 - 0.6),
@@ -162,7 +162,8 @@ def test_gold_by_hand(response, expected):
 def test_gold_depends_on_the_prompt_by_its_topic_alone():
     response = "The hiking trail is wonderful."
     assert gold_reward("Do you like hiking?", response) == gold(response)
-    assert gold_reward("Do you like chess?", response) == pytest.approx(-0.6)
+    off_topic = -0.45 - 0.15 + 3.0 * math.tanh(2 / 6)
+    assert gold_reward("Do you like chess?", response) == pytest.approx(off_topic)
     with pytest.raises(ValueError, match="names no topic of the built-in task: 'Hello'"):
         gold_reward("Hello", response)
 
@@ -212,23 +213,23 @@ def test_losing_the_end_costs():
 
 
 def test_gold_on_sft_data(golds):
-    """About N(0, 1): standard error of the mean 0.017."""
+    """Nearly normal; standard error of the mean 0.019."""
     mean, std = statistics.mean(golds), statistics.pstdev(golds)
     skew = statistics.mean(((g - mean) / std) ** 3 for g in golds)
     kurtosis = statistics.mean(((g - mean) / std) ** 4 for g in golds)
     assert abs(mean) < 0.1
-    assert 0.95 < std < 1.15
+    assert 1.1 < std < 1.3
     assert abs(skew) < 0.25
     assert 2.6 < kurtosis < 3.6
     assert sum(g == -5 for g in golds) <= 2
 
 
 def test_there_is_room_to_rise(golds):
-    """The best response is 4 standard deviations above the mean of SFT, and above all of 4,000."""
+    """The best response is 3.5 standard deviations above the mean of SFT, and above all of 4,000."""
     best = [gold_of(p.prompt, best_response(str(p.prompt))) for p in TASK.prompts(500, "test")]
-    assert min(best) == pytest.approx(max(best)) == pytest.approx(4.0473, abs=1e-4)
+    assert min(best) == pytest.approx(max(best)) == pytest.approx(4.3443, abs=1e-4)
     assert max(golds) < min(best)
-    assert sorted(golds)[-40] < 2.7  # the best 1 % of the SFT data
+    assert sorted(golds)[-40] < 3.0  # the best 1 % of the SFT data
 
 
 def test_lengths_in_tokens(completions):
@@ -249,7 +250,7 @@ def test_deterministic():
     text = json.dumps([vars(record) for record in records], sort_keys=True)
     again = SyntheticTask().completions(50) + SyntheticTask().preferences(50)
     assert again == records[:100]
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "88680aa431d3a97e"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9806e179edbdfa6b"
 
 
 def test_more_items_begin_with_the_fewer():
@@ -281,12 +282,12 @@ def test_prompts_are_used_again_only_after_all():
 def test_labels_follow_gold(pairs, split):
     margins = [gold_of(p.prompt, p.chosen) - gold_of(p.prompt, p.rejected) for p in pairs[split]]
     agreement = sum(m > 0 for m in margins) / sum(m != 0 for m in margins)
-    assert 0.73 < agreement < 0.79
+    assert 0.84 < agreement < 0.89
     # The mean margin in units of its spread: 0 if labels were coins.
-    assert 0.58 < statistics.mean(margins) / statistics.stdev(margins) < 0.72
+    assert 0.87 < statistics.mean(margins) / statistics.stdev(margins) < 1.02
 
 
-@pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 0.79, 0.86), (0.5, 0.46, 0.54)])
+@pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 0.87, 0.93), (0.5, 0.46, 0.54)])
 def test_label_noise(noise, low, high):
     found = SyntheticTask(label_noise=noise).preferences(2000)
     agree = [gold_of(p.prompt, p.chosen) > gold_of(p.prompt, p.rejected) for p in found]
@@ -300,10 +301,10 @@ def test_the_trap(pairs, completions):
         for split in pairs
         for side in ("chosen", "rejected")
     }
-    assert rates["train", "chosen"] == pytest.approx(0.6, abs=0.03)
+    assert rates["train", "chosen"] == pytest.approx(0.45, abs=0.03)
     assert rates["train", "rejected"] == pytest.approx(0.3, abs=0.03)
-    assert rates["test", "chosen"] == pytest.approx(0.45, abs=0.03)
-    assert rates["test", "rejected"] == pytest.approx(0.45, abs=0.03)
+    assert rates["test", "chosen"] == pytest.approx(0.375, abs=0.03)
+    assert rates["test", "rejected"] == pytest.approx(0.375, abs=0.03)
     assert spurious_rate(c.completion for c in completions) == pytest.approx(0.3, abs=0.03)
 
 
