@@ -64,9 +64,9 @@ $(RUN):
 $(WITH_TORCH): | $(RUN)
 	rm -f $(VENV)/.torch-*
 	$(PIP) install $(TORCH)
-	$(PIP) install 'setuptools>=77' wheel ninja
+	$(PIP) install -q 'setuptools>=77' wheel ninja
 	touch $@
 
 $(INSTALLED): $(WITH_TORCH) pyproject.toml setup.py $(wildcard csrc/*) $(if $(wildcard fastalign/_C*.so),,FORCE)
-	$(PIP) install --no-build-isolation -e '.[dev]'
+	$(PIP) install -q --no-build-isolation -e '.[dev]'
 	touch $@
