@@ -109,14 +109,15 @@ def parse(name: str, config_class: type, argv: list[str]) -> Any:
         )
     options = [o for action in parser._actions for o in action.option_strings]
     try:
-        values = parser.parse_args(argv)
-        if values.get("resume") is not None:
+        if any(word.startswith("--resume") for word in argv):
             # A run goes on as it began: its own configuration, where no option says otherwise.
-            own = run_folder(values) / "config.yaml"
-            if own.is_file() and values.config is None:
-                values = parser.parse_args(["--config", str(own), *argv])
+            asked = parser.parse_args([w for w in argv if not w.startswith("--print_config")])
+            own = run_folder(asked) / "config.yaml"
+            if own.is_file() and asked.config is None:
+                argv = ["--config", str(own), *argv]
+        values = parser.parse_args(argv)
         values.pop("config", None)
-        return config_class(**parser.instantiate_classes(values).as_dict())
+        return config_class(**parser.instantiate(values).as_dict())
     except UserError as error:
         fail(f"{name}: {error}")
     except UnicodeDecodeError:
@@ -125,7 +126,7 @@ def parse(name: str, config_class: type, argv: list[str]) -> Any:
 
 def run_folder(values: Any) -> Path:
     """The folder of the run that --resume speaks of: a checkpoint's, or the output folder."""
-    if values.resume == "auto":
+    if values.resume in (None, "auto"):
         return Path(values.output)
     return Path(values.resume).parent.parent
 

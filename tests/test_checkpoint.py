@@ -31,7 +31,7 @@ def test_what_is_saved_is_loaded(tmp_path):
         "int": torch.arange(3),
     }
     deep: Any = (1, 2.5, None, "text", torch.ones(2))
-    state = {
+    state: dict[str, Any] = {
         "deep": [{"x": deep}],
         "random": torch.get_rng_state(),
     }
