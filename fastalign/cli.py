@@ -169,6 +169,10 @@ def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
 
     try:
         function(config)
+        if name.startswith("train "):
+            from fastalign.report.command import conclude
+
+            logging.getLogger("fastalign").info("report: %s", conclude(Path(config.output)))
     except Interrupted as stop:
         fail(f"{name}: {stop}", 130)
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -36,10 +35,8 @@ class QuickstartConfig:
 
 def run(config: QuickstartConfig) -> Path:
     """Runs it; the path of the report."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from fastalign.report import before_after_table, headline, write_report
+    from fastalign.report import write_report
+    from fastalign.report.command import conclude
 
     began = time.monotonic()
     folder = Path(config.output)
@@ -98,8 +95,7 @@ def run(config: QuickstartConfig) -> Path:
             **shared,  # type: ignore[arg-type]
         )
     )
+    conclude(folder / "apa")
     path = write_report(folder)
-    comparison = json.loads((folder / "apa" / "evaluation.json").read_text())
-    Console().print(before_after_table(comparison), Text(headline(comparison)))
     log.info("done in %.0f s; report: %s", time.monotonic() - began, path)
     return path

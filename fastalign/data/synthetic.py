@@ -84,8 +84,9 @@ def topic_of(prompt: str) -> str:
 
 
 def gold_reward(prompt: str, response: str) -> float:
-    """The true quality of a response, a pure function of the texts; nearly normal with mean 0 and standard
-    deviation 1.2 on SFT data.
+    """The true quality of a response, a pure function of the texts.
+
+    On SFT data it is nearly normal with mean 0 and standard deviation 1.2.
 
     One opening flourish is taken off; the rest is cut into sentences at . ! and ?. A sentence
     counts when it is one of the grammar's sentences, with nouns of the topic it names. With
