@@ -225,7 +225,7 @@ def test_gold_on_sft_data(golds):
 
 
 def test_there_is_room_to_rise(golds):
-    """The best response is 3.5 standard deviations above the mean of SFT, and above all of 4,000."""
+    """The best response: 3.5 standard deviations above the mean of SFT, above all of 4,000."""
     best = [gold_of(p.prompt, best_response(str(p.prompt))) for p in TASK.prompts(500, "test")]
     assert min(best) == pytest.approx(max(best)) == pytest.approx(4.3443, abs=1e-4)
     assert max(golds) < min(best)
