@@ -19,7 +19,7 @@ DLOGITS_BLOCK, DLOGITS_WARPS = 2048, 4
 @triton.jit
 def _soft_capped(x, softcap):
     """softcap * tanh(x / softcap): an odd polynomial where tanh is steep, exp elsewhere."""
-    y = x / softcap
+    y = x * (1.0 / softcap)  # a division here costs two registers too many on sm_80 and sm_90
     size = tl.abs(y)
     decay = tl.exp(-2.0 * size)
     far = (1.0 - decay) / (1.0 + decay)
