@@ -8,7 +8,14 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Mistral
 
 from fastalign.data.packing import pack
 from fastalign.errors import UserError
-from fastalign.models.attention import NAME, attention, packed_attention, packed_hidden, register
+from fastalign.models.attention import (
+    NAME,
+    _varlen,
+    attention,
+    packed_attention,
+    packed_hidden,
+    register,
+)
 from fastalign.testing import assert_no_worse
 
 SEQUENCES = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [20, 19, 18, 17, 16]]
@@ -153,3 +160,79 @@ def test_what_packed_attention_cannot_do_is_refused():
             packed_attention(torch.nn.Identity(), q, q, q, None, **(segments | {name: 1.0}))
     out, _ = packed_attention(torch.nn.Identity(), q, q, q, None, softcap=None, **segments)
     assert out.shape == (1, 4, 2, 8)
+
+
+def ragged(heads, kv_heads, dtype=torch.float32, device="cpu"):
+    g = torch.Generator().manual_seed(2)
+    lengths = [3, 1, 11, 5]
+    q, k, v = (
+        torch.randn(1, h, 20, 16, generator=g).to(device, dtype)
+        for h in (heads, kv_heads, kv_heads)
+    )
+    cu = torch.tensor([0, 3, 4, 15, 20], dtype=torch.int32, device=device)
+    segments = {"cu_seq_lens_q": cu, "max_length_q": 11, "segment_lengths": lengths}
+    return (q, k, v), segments
+
+
+def attend(qkv, segments, **options):
+    query, key, value = qkv
+    return packed_attention(torch.nn.Identity(), query, key, value, None, **segments, **options)[0]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("signature", ["window", "is_causal"])
+def test_what_flash_attention_is_given(monkeypatch, signature, kv_heads, causal):
+    """torch's ragged attention needs CUDA; one with its two signatures stands in for it here."""
+
+    def by_rows(q, k, v, cu, causal, scale):
+        out = []
+        for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
+            if causal:
+                scores = scores.masked_fill(~torch.ones(b - a, b - a).tril().bool(), -torch.inf)
+            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
+        return torch.cat(out)
+
+    def newer(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+    ):
+        assert (max_q, max_k) == (11, 11) and torch.equal(cu_seq_q, cu_seq_k)
+        return by_rows(query, key, value, cu_seq_q, window_size == (-1, 0), scale)
+
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+        assert (max_q, max_k) == (11, 11) and torch.equal(cu_seq_q, cu_seq_k)
+        return by_rows(query, key, value, cu_seq_q, is_causal, query.shape[-1] ** -0.5)
+
+    stand_in = newer if signature == "window" else older
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    qkv, segments = ragged(4, kv_heads)
+    options = {"scaling": 0.4, "is_causal": causal}
+    eager = attend(qkv, segments, **options)
+    truth = attend([t.double() for t in qkv], segments, **options)
+    query, key, value = qkv
+    ours = _varlen(query, key, value, segments["cu_seq_lens_q"], 11, 0.4, causal)
+    assert ours.shape == (1, 20, 4, 16)
+    assert_no_worse(ours, eager, truth, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_flash_attention_equals_segment_by_segment(dtype, kv_heads, causal):
+    (q, k, v), segments = ragged(4, kv_heads, dtype, "cuda")
+    options = {"scaling": 0.25, "is_causal": causal}
+    on_cpu = segments | {"cu_seq_lens_q": segments["cu_seq_lens_q"].cpu()}
+    results = []
+    for tensors, where in (
+        ((q, k, v), segments),
+        ((q.cpu(), k.cpu(), v.cpu()), on_cpu),
+        ((q.double().cpu(), k.double().cpu(), v.double().cpu()), on_cpu),
+    ):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = attend(leaves, where, **options)
+        out.square().sum().backward()
+        results.append([out.detach(), *(t.grad for t in leaves)])
+    for ours, eager, truth in zip(*results, strict=True):
+        assert_no_worse(ours, eager, truth, dtype, grad=True)
