@@ -134,6 +134,7 @@ def test_a_bare_resume_goes_on_with_the_run_s_own_options(capsys, tmp_path):
     held = yaml.safe_load((folder / "config.yaml").read_text())
     assert (held["limit"], held["epochs"], held["model"]) == (6, 2, "scratch:1m")
     assert "resume" not in held and "overwrite" not in held
+    assert "<html" in (folder / "report.html").read_text()
     # A given checkpoint says which run it is of.
     last = folder / "checkpoints" / f"step-{2 * steps[-1]:06d}"
     found = configured(capsys, "train", "sft", "--resume", last)
