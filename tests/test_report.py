@@ -304,22 +304,17 @@ def test_number(value: float | None, error: float | None, shown: str) -> None:
 def test_terminal_table() -> None:
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=140)
+    console = Console(file=io.StringIO(), width=80)
     console.print(before_after_table({**EVALUATION, "proxy": "[bold]min[/bold]"}))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line}
-    gold = [cell.strip() for cell in rows["Gold reward"].split("│")[2:8]]
-    assert gold == [
-        "reward",
-        "0.412 ± 0.030",
-        "1.842 ± 0.040",
-        "+1.430 ± 0.050",
-        "+1.30 SD",
-        "rose",
-    ]
-    length = [cell.strip() for cell in rows["Response length"].split("│")[2:8]]
-    assert length == ["tokens", "41.2", "38.4", "−2.8", "", ""]
-    assert "Proxy reward ([bold]min[/bold])" in rows
+    rows = [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines()]
+    gold = next(row for row in rows if row[0] == "Gold reward")
+    assert gold[1:] == ["reward", "0.412 ± 0.030", "1.842 ± 0.040", "+1.30 SD"]
+    length = next(row for row in rows if row[0] == "Response length")
+    assert length[1:] == ["tokens", "41.2", "38.4"]
+    kl = next(row for row in rows if row[0] == "KL to SFT, k1")
+    assert kl[1] == "nats/response"
+    assert "Proxy reward ([bold" in shown
     assert "256 prompts, 1,024 responses of each model" in shown
 
 

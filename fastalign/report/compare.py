@@ -177,18 +177,26 @@ def sentences(evaluation: dict[str, Any]) -> list[str]:
 
 def before_after_table(evaluation: dict[str, Any]) -> Table:
     """The before/after table for the terminal (rich), with standard errors."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(caption(evaluation)), title_justify="left")
-    table.add_column("Measure")
-    table.add_column("Unit", style="dim")
+    # Narrow enough for 80 columns: the change itself is in the page and in the headline.
+    table = Table(
+        title=Text(caption(evaluation)),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("Measure", no_wrap=True)
+    table.add_column("Unit", style="dim", no_wrap=True)
     after = str(evaluation.get("method", "after")).upper()
-    for column in ("SFT", Text(after), "Change ± SE", "In SD"):
+    for column in ("SFT", Text(after), "Change"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
     for row in comparison_rows(evaluation):
-        cells = (row.name, row.unit, *cells_of(row))
+        before, became, _, effect, _ = cells_of(row)
+        cells = (row.name, row.unit.replace(" / ", "/"), before, became, effect)
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
