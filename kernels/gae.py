@@ -299,15 +299,16 @@ def gae_fwd(
         "num_warps": 4,
     }
     grid = (n_rows, n_chunks)
-    if split:
-        _gae_chunk_kernel[grid](*pointers, *sizes, **features)
-    _gae_fwd_kernel[grid](
-        *pointers,
-        advantages,
-        returns,
-        *sizes,
-        **features,
-        SPLIT=split,
-        BLOCK_MAPS=BLOCK_CHUNKS,
-    )
+    with torch.cuda.device_of(rewards):
+        if split:
+            _gae_chunk_kernel[grid](*pointers, *sizes, **features)
+        _gae_fwd_kernel[grid](
+            *pointers,
+            advantages,
+            returns,
+            *sizes,
+            **features,
+            SPLIT=split,
+            BLOCK_MAPS=BLOCK_CHUNKS,
+        )
     return advantages, returns

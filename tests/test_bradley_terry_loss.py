@@ -40,6 +40,13 @@ def test_mean_over_pairs_then_heads() -> None:
     assert gradient[:, 2].tolist() == [0.0, 0.0, 0.0]
 
 
+def test_a_pair_drawn_twice_counts_twice() -> None:
+    """Head 0 draws pair 0 twice and pair 1 once: (2 log(1 + e^-1) + log 2) / 3 = .439890."""
+    chosen, rejected = torch.tensor([[1.0], [0.0]]), torch.zeros(2, 1)
+    loss = bradley_terry_loss(chosen, rejected, head_mask=torch.tensor([[2], [1]]))
+    assert round(loss.item(), 6) == 0.43989
+
+
 def test_full_mask_is_no_mask() -> None:
     chosen, rejected = torch.randn(9, 4).double(), torch.randn(9, 4).double()
     masked = bradley_terry_loss(chosen, rejected, head_mask=torch.ones(9, 4).bool())

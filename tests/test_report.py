@@ -304,7 +304,7 @@ def test_number(value: float | None, error: float | None, shown: str) -> None:
 def test_terminal_table() -> None:
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=80)
+    console = Console(file=io.StringIO(), width=100)
     console.print(before_after_table({**EVALUATION, "proxy": "[bold]min[/bold]"}))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     rows = [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines()]
@@ -314,7 +314,7 @@ def test_terminal_table() -> None:
     assert length[1:] == ["tokens", "41.2", "38.4"]
     kl = next(row for row in rows if row[0] == "KL to SFT, k1")
     assert kl[1] == "nats/response"
-    assert "Proxy reward ([bold" in shown
+    assert "Proxy reward ([bold]min[/bold])" in shown
     assert "256 prompts, 1,024 responses of each model" in shown
 
 

@@ -69,6 +69,14 @@ def compare(backend: str, logits: Tensor, targets: Tensor, temperature: Tensor, 
         assert_no_worse(got, plain, true, logits.dtype, grad=index == 2)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_the_maximum_rises_from_block_to_block(backend: str) -> None:
+    """The running sums of the entropy must be shifted with every new maximum."""
+    logits = 0.3 * torch.randn(2, 9000)
+    logits[:, 5000], logits[:, 8500] = 2.0, 5.0
+    compare(backend, logits, torch.tensor([5000, 3]), torch.tensor([1.0]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", KERNELS)

@@ -315,14 +315,19 @@ def test_the_reward_stands_on_the_last_token(monkeypatch):
     ]
     scores = torch.tensor([[2.0], [-1.0]])
     cu_seqlens = torch.tensor([0, 3, 4]).int()
-    logp = torch.zeros(4)
-    found = Experience(rollouts, cu_seqlens, logp, logp, scores, scores[:, 0], None, 7, {})
+    logp, ref_logp = torch.zeros(4), torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    found = Experience(rollouts, cu_seqlens, logp, ref_logp, scores, scores[:, 0], None, 7, {})
+    # pi sampled at log-prob 0, pi_init gives -6 and -4: KL(pi || pi_init) is +5 a response.
+    assert found.metrics()["kl/k1"] == 5.0
     config = apa.APAConfig(gamma=1.0, lam=1.0, whiten=False)
     tokens, metrics = apa.learn_from(found, policy, scores[:, 0], config)
     assert tokens["advantages"].tolist() == [2.0, 2.0, 2.0, -1.0]
     assert tokens["returns"].tolist() == [2.0, 2.0, 2.0, -1.0]
     assert metrics["advantage/std"] == pytest.approx(1.5)
     assert metrics["value/explained_variance"] == pytest.approx(0.0)
+    assert torch.equal(tokens["ref_logp"], ref_logp)  # pi_init's, never the sampler's
+    short, _ = apa.learn_from(found, policy, scores[:, 0], dataclasses.replace(config, lam=0.5))
+    assert short["advantages"].tolist() == [0.5, 1.0, 2.0, -1.0]
     half, _ = apa.learn_from(found, policy, scores[:, 0], dataclasses.replace(config, gamma=0.5))
     assert half["advantages"].tolist() == [0.5, 1.0, 2.0, -1.0]
     white, _ = apa.learn_from(found, policy, scores[:, 0], dataclasses.replace(config, whiten=True))
@@ -401,3 +406,34 @@ def test_the_first_tensor_that_is_not_finite_is_named():
         "b (first NaN among 3 values)"
     )
     assert first_non_finite([("c", good / 0)]) == "c (first infinity among 3 values)"
+
+
+def test_a_resumed_run_takes_the_rates_it_is_given():
+    """The moments are the checkpoint's; learning rate and decay the new configuration's."""
+    module = torch.nn.Linear(2, 2)
+    before = Optimizer(OptimConfig(lr=1e-3, schedule="constant", warmup=0.0), module, 10)
+    for _ in range(4):
+        before.next_step()
+    config = OptimConfig(lr=1e-5, weight_decay=0.5, schedule="constant", warmup=0.0)
+    after = Optimizer(config, module, 10)
+    after.load_state_dict(before.state_dict())
+    assert after.schedule.get_last_lr() == [1e-5, 1e-5]
+    assert [group["weight_decay"] for group in after.groups] == [0.5, 0.0]
+    assert after.schedule.last_epoch == 4
+    after.next_step()
+    assert [group["lr"] for group in after.groups] == [1e-5, 1e-5]
+
+
+def test_a_checkpoint_of_another_run_does_not_go_into_a_used_folder(road, tmp_path):
+    """--resume of one run's checkpoint with another run's folder as output deletes nothing."""
+    (tmp_path / "kept.txt").write_text("mine")
+    source = next((road / "apa" / "checkpoints").glob("step-*"))
+    config = apa.APAConfig(
+        output=str(tmp_path),
+        resume=str(source),
+        policy=str(road / "sft" / "model"),
+        reward=str(road / "reward" / "model"),
+    )
+    with pytest.raises(RunError, match="already in use"):
+        apa.train(config)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]

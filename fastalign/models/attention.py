@@ -97,6 +97,10 @@ def packed_attention(
             raise UserError(f"packed attention: the model needs {name}, which is not supported")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotary embeddings leave queries and keys in fp32
+        low = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(low), key.to(low), value.to(low)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         _announce("torch varlen_attn (FlashAttention)")
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, causal), None

@@ -32,7 +32,9 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, H] -> fp32 [N]."""
-        return self.down(torch.relu(self.up(hidden))).squeeze(-1).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = hidden.to(self.up.weight.dtype)
+            return self.down(torch.relu(self.up(states))).squeeze(-1).float()
 
 
 class Policy(nn.Module):

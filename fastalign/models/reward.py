@@ -144,9 +144,7 @@ class RewardEnsemble(nn.Module):
     def forward(self, packed: Any) -> Tensor:
         """fp32 scores [S, K] of the S sequences of a pack, read at each one's last token."""
         hidden = packed_hidden(self.encoder, packed)
-        raw = ops.reward_heads(
-            hidden, self.weight.to(hidden.dtype), self.bias, index=packed.last_index
-        )
+        raw = ops.reward_heads(hidden, self.weight, self.bias, index=packed.last_index)
         return (raw - self.center) / self.scale
 
     @property

@@ -3,9 +3,9 @@
     l[b, k] = -log sigmoid(chosen[b, k] - rejected[b, k] - margin[b, k])
     loss    = 1/K sum_k  ( sum_b kept[b, k] l[b, k] / max(1, sum_b kept[b, k]) )
 
-that is: the mean over the pairs that ``head_mask`` keeps for a head, then the mean over heads. A
-head that keeps no pair adds 0 and is still counted in K, so the gradient that one head gets does
-not depend on the others.
+that is: the mean over the pairs that ``head_mask`` keeps for a head (kept is 0, 1, or how often a
+pair was drawn), then the mean over heads. A head that keeps no pair adds 0 and is still counted in
+K, so the gradient that one head gets does not depend on the others.
 
 Gradient: dl/dchosen = -sigmoid(-(chosen - rejected - margin)) = -dl/drejected.
 
@@ -32,11 +32,12 @@ def bradley_terry_loss_reference(
         gap = gap - margin.to(wide)
     if head_mask is None:
         return F.softplus(-gap).sum() / max(1, gap.numel())
+    kept, times = head_mask > 0, head_mask.to(wide)
     # The gap, not the loss, is replaced: NaN in a masked cell would come back through softplus's
     # gradient.
-    gap = torch.where(head_mask, gap, torch.zeros_like(gap))
-    loss = torch.where(head_mask, F.softplus(-gap), torch.zeros_like(gap))
-    return (loss.sum(0) / head_mask.sum(0).clamp(min=1)).mean()
+    gap = torch.where(kept, gap, torch.zeros_like(gap))
+    loss = torch.where(kept, times * F.softplus(-gap), torch.zeros_like(gap))
+    return (loss.sum(0) / times.clamp(min=0).sum(0).clamp(min=1)).mean()
 
 
 torch.library.define(
@@ -61,8 +62,9 @@ def bradley_terry_loss(
         chosen, rejected: [B, K], scores of the two responses by K >= 1 heads; bfloat16, float16,
             float32 or float64.
         margin: subtracted from the gap: a float, [B] (one per pair, all heads), or [B, K].
-        head_mask: [B, K], bool or integer: which pairs train which head (bootstrap). NaN in a
-            masked cell has no effect on loss or gradient.
+        head_mask: [B, K], bool or integer: which pairs train which head, and how often each counts
+            (a bootstrap draw with replacement). NaN in a masked cell (0) has no effect on loss or
+            gradient.
 
     Returns:
         A scalar, float32 (float64 when an input is float64); 0 when no pair is kept.
@@ -97,7 +99,6 @@ def bradley_terry_loss(
                 f"bradley_terry_loss: expected a bool or integer head_mask {tuple(chosen.shape)}, "
                 f"got {tuple(head_mask.shape)} {head_mask.dtype}"
             )
-        head_mask = head_mask.to(torch.bool)
     for name, maybe in (("rejected", rejected), ("margin", margin), ("head_mask", head_mask)):
         if maybe is not None and maybe.device != chosen.device:
             raise ValueError(

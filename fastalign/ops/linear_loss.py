@@ -311,8 +311,14 @@ class _LinearLoss(torch.autograd.Function):
         grads = ctx.saved_tensors
         # On a CPU looking at the factor is free, and multiplying dW by one is not.
         if grad_loss.device.type != "cpu" or grad_loss != 1.0:
-            grads = tuple(None if g is None else g * grad_loss.to(g.dtype) for g in grads)
+            grads = tuple(None if g is None else _times(g, grad_loss) for g in grads)
         return None, *grads
+
+
+def _times(g: Tensor, factor: Tensor) -> Tensor:
+    """g * factor; a gradient scaler's 65536 is infinite in float16, so there in float32."""
+    wide = torch.float32 if g.dtype == torch.float16 else g.dtype
+    return (g.to(wide) * factor.to(wide)).to(g.dtype)
 
 
 def linear_loss(

@@ -174,7 +174,9 @@ def reward_heads(
                 f"reward_heads: expected {name} on the device of hidden, {hidden.device}, "
                 f"got {tensor.device}"
             )
-    scores = torch.ops.fastalign.reward_heads(hidden, weight, bias, index)
+    # Autocast would round the scores to its dtype, and rewards close to each other into ties.
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores = torch.ops.fastalign.reward_heads(hidden, weight, bias, index)
     if reduce is None:
         return scores
     return scores, reduce_scores(scores, reduce, coef)

@@ -338,7 +338,8 @@ def train(config: APAConfig) -> Path:
                 config.samples_per_prompt,
             )
             moments.update(found.proxy)
-            scaled = found.proxy / max(moments.std, 1e-6) if config.scale_reward else found.proxy
+            scale = moments.std if config.scale_reward and moments.std > 1e-6 else 1.0
+            scaled = found.proxy / scale
             tokens, metrics = learn_from(found, policy, scaled, config)
             updating = time.perf_counter()
             metrics |= update(run, step, policy, optimizer, found, tokens, config)

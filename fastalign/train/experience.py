@@ -115,7 +115,9 @@ class Collector:
     def collect(self, prompts: list[list[int]], texts: list[str], n_samples: int) -> Experience:
         """`n_samples` responses to each prompt; `texts` are the prompts for the gold reward."""
         began = time.perf_counter()
-        rollouts = self.engine.generate(prompts, n_samples, self.sampling)
+        # In the precision of the log-probs they will be compared with.
+        with autocast(self.reference.head_weight.device, self.dtype):
+            rollouts = self.engine.generate(prompts, n_samples, self.sampling)
         generated = time.perf_counter()
         scores = self.scores(rollouts, self.ensemble)
         gold = None

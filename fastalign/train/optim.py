@@ -33,7 +33,12 @@ class OptimConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "lr", "warmup", "weight_decay", "beta2", "grad_clip")
+        at_least(self, 0, "lr", "warmup", "weight_decay", "beta2")
+        if self.warmup > 1 or self.beta2 >= 1 or not self.grad_clip > 0:
+            raise RunError(
+                f"expected warmup <= 1, beta2 < 1 and grad_clip > 0, got {self.warmup}, "
+                f"{self.beta2} and {self.grad_clip}"
+            )
         if self.schedule not in SCHEDULES:
             raise RunError(
                 f"unknown schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}"
@@ -118,8 +123,19 @@ class Optimizer:
         self.schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"adam": self.adam.state_dict(), "schedule": self.schedule.state_dict()}
+        return {"adam": self.adam.state_dict(), "schedule": self.schedule.last_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Moments and step of a checkpoint; rates and decay are the configuration's, which a
+        resumed run may have changed."""
+        own = [{k: g[k] for k in ("initial_lr", "weight_decay", "betas")} for g in self.groups]
         self.adam.load_state_dict(state["adam"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.schedule.last_epoch = state["schedule"]
+        factors = self.schedule.lr_lambdas
+        for group, kept, factor in zip(self.groups, own, factors, strict=True):
+            group.update(kept, lr=kept["initial_lr"] * factor(self.schedule.last_epoch))
+        self.schedule._last_lr = [group["lr"] for group in self.groups]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        return self.adam.param_groups

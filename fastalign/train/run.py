@@ -150,6 +150,10 @@ class Run:
         else:
             saved = checkpoint.load(Path(self.config.resume))
         stateful.restore(saved)
+        if saved.step > self.total:
+            raise RunError(
+                f"the checkpoint is of step {saved.step}, this run has only {self.total} steps"
+            )
         self.step = saved.step
         self._drop_metrics_after(saved.step)
         log.info("resumed at step %d of %d", saved.step, self.total)
@@ -299,7 +303,11 @@ def begin(config: RunConfig) -> torch.device:
     """
     device = choose_device(config.device)
     autocast(device, config.dtype)
-    claim_folder(Path(config.output), overwrite=config.overwrite, reuse=config.resume is not None)
+    own = config.resume == "auto" or (
+        config.resume is not None
+        and Path(config.resume).resolve().parent.parent == Path(config.output).resolve()
+    )
+    claim_folder(Path(config.output), overwrite=config.overwrite, reuse=own)
     if config.resume is not None:
         checkpoint.check_there(config.resume, Path(config.output) / "checkpoints")
     random.seed(config.seed)
