@@ -136,4 +136,19 @@ FASTALIGN_INLINE Lanes tanh_lanes(Lanes x) {
   return as_float(as_word(t) | (as_word(x) & 0x80000000u));
 }
 
+// The soft cap; 0 means none.
+FASTALIGN_INLINE Lanes capped(Lanes x, float softcap) {
+  return softcap == 0.0f ? x : softcap * tanh_lanes(x * (1.0f / softcap));
+}
+
+FASTALIGN_INLINE float capped_one(float x, float softcap) { return capped(broadcast(x), softcap)[0]; }
+
+// Columns at -infinity have exp(s) = 0; a finite s keeps 0 * s from becoming NaN. NaN stays.
+FASTALIGN_INLINE Lanes floored(Lanes s) { return s < -200.0f ? broadcast(-200.0f) : s; }
+
+template <typename T>
+float one(const T* p) {
+  return load_some(p, 1)[0];
+}
+
 }  // namespace fastalign::FASTALIGN_ISA

@@ -7,20 +7,6 @@ namespace fastalign::FASTALIGN_ISA {
 // length rather than with the vocabulary.
 constexpr int64_t kBlock = 1024;
 
-FASTALIGN_INLINE Lanes capped(Lanes x, float softcap) {
-  return softcap == 0.0f ? x : softcap * tanh_lanes(x * (1.0f / softcap));
-}
-
-FASTALIGN_INLINE float capped_one(float x, float softcap) { return capped(broadcast(x), softcap)[0]; }
-
-// Columns at -infinity have exp(s) = 0; a finite s keeps 0 * s from becoming NaN. NaN stays.
-FASTALIGN_INLINE Lanes floored(Lanes s) { return s < -200.0f ? broadcast(-200.0f) : s; }
-
-template <typename T>
-float one(const T* p) {
-  return load_some(p, 1)[0];
-}
-
 template <typename T, bool kCap>
 void stats_of_row(const T* x, int64_t vocab, int64_t target, RowSettings settings, RowStats* out) {
   const float cap = kCap ? settings.softcap : 0.0f;

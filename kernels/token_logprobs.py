@@ -12,36 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign.kernels._device import one_minus_exp, soft_capped
+
 STATS_BLOCK, STATS_WARPS = 4096, 8
 DLOGITS_BLOCK, DLOGITS_WARPS = 2048, 4
-
-
-@triton.jit
-def _soft_capped(x, softcap):
-    """softcap * tanh(x / softcap): an odd polynomial where tanh is steep, exp elsewhere."""
-    y = x * (1.0 / softcap)  # a division here costs two registers too many on sm_80 and sm_90
-    size = tl.abs(y)
-    decay = tl.exp(-2.0 * size)
-    far = (1.0 - decay) / (1.0 + decay)
-    y2 = y * y
-    p = -5.70498872745e-3 * y2 + 2.06390887954e-2
-    p = p * y2 - 5.37397155531e-2
-    p = p * y2 + 1.33314422036e-1
-    p = p * y2 - 3.33332819422e-1
-    near = y + y * y2 * p
-    return softcap * tl.where(size < 0.625, near, tl.where(y < 0.0, -far, far))
-
-
-@triton.jit
-def _one_minus_exp(x):
-    """1 - exp(x) for x <= 0 without cancellation near 0."""
-    series = 1.0 + x / 7.0
-    series = 1.0 + x / 6.0 * series
-    series = 1.0 + x / 5.0 * series
-    series = 1.0 + x / 4.0 * series
-    series = 1.0 + x / 3.0 * series
-    series = 1.0 + x / 2.0 * series
-    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
 
 @triton.jit(do_not_specialize=["steps", "stride_temperature", "ignore_index"])
@@ -82,7 +56,7 @@ def _row_stats_kernel(
         inside = columns < vocab
         u = tl.load(x_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
         if HAS_SOFTCAP:
-            u = tl.where(inside, _soft_capped(u, softcap), float("-inf"))
+            u = tl.where(inside, soft_capped(u, softcap), float("-inf"))
         m_new = tl.maximum(m, tl.max(u, 0))
         # While every column so far is -inf there is no maximum to shift by: any finite shift will
         # do.
@@ -103,7 +77,7 @@ def _row_stats_kernel(
     known = (target >= 0) & (target < vocab)
     at_target = tl.load(x_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
-        at_target = _soft_capped(at_target, softcap)
+        at_target = soft_capped(at_target, softcap)
     tl.store(logp_ptr + row, (at_target - m) / temperature - log_sum)
     tl.store(entropy_ptr + row, log_sum - tl.sum(dots, 0) / total)
     tl.store(row_max_ptr + row, m)
@@ -148,11 +122,11 @@ def _dlogits_kernel(
     x_ptr = logits_ptr + row // steps * stride_logits_b + row % steps * stride_logits_t
     u = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
-        u = _soft_capped(u, softcap)
+        u = soft_capped(u, softcap)
     log_p = (u - row_max) * inverse_temperature - log_sum
     log_p = tl.where(log_p < -200.0, -200.0, log_p)
     p = tl.exp(log_p)
-    onehot_minus_p = tl.where(columns == target, _one_minus_exp(tl.load(logp_ptr + row)), -p)
+    onehot_minus_p = tl.where(columns == target, one_minus_exp(tl.load(logp_ptr + row)), -p)
     dz = g * onehot_minus_p
     if HAS_ENTROPY:
         dz -= tl.load(grad_entropy_ptr + row) * p * (log_p + tl.load(entropy_ptr + row))
@@ -163,11 +137,11 @@ def _dlogits_kernel(
     tl.store(out, dz.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _dense_rows(logits: Tensor) -> Tensor:
+def dense_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _steps_and_strides(logits: Tensor) -> tuple[int, int, int]:
+def steps_and_strides(logits: Tensor) -> tuple[int, int, int]:
     """How row i is found: row i % steps of batch i // steps, and the strides of both."""
     outer = logits.stride(0) if logits.dim() == 3 else 0
     return logits.shape[-2], outer, logits.stride(-2)
@@ -176,7 +150,7 @@ def _steps_and_strides(logits: Tensor) -> tuple[int, int, int]:
 def row_stats_fwd(
     logits: Tensor, targets: Tensor, temperature: Tensor, softcap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits, targets = _dense_rows(logits), targets.contiguous()
+    logits, targets = dense_rows(logits), targets.contiguous()
     temperature = temperature.contiguous()
     n, vocab = targets.numel(), logits.shape[-1]
     stats = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(4)]
@@ -188,7 +162,7 @@ def row_stats_fwd(
                 temperature,
                 *stats,
                 vocab,
-                *_steps_and_strides(logits),
+                *steps_and_strides(logits),
                 0 if temperature.numel() == 1 else 1,
                 softcap,
                 ignore_index,
@@ -213,7 +187,7 @@ def dlogits_fwd(
     row_max: Tensor,
     log_sum: Tensor,
 ) -> None:
-    logits, targets = _dense_rows(logits), targets.contiguous()
+    logits, targets = dense_rows(logits), targets.contiguous()
     temperature = temperature.contiguous()
     grad_logp = grad_logp.contiguous()
     n, vocab = targets.numel(), logits.shape[-1]
@@ -232,7 +206,7 @@ def dlogits_fwd(
             log_sum.contiguous(),
             out,
             vocab,
-            *_steps_and_strides(logits),
+            *steps_and_strides(logits),
             0 if temperature.numel() == 1 else 1,
             softcap,
             ignore_index,

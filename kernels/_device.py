@@ -1,0 +1,34 @@
+"""Device functions that several Triton kernels use."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def soft_capped(x, softcap):
+    """softcap * tanh(x / softcap): an odd polynomial where tanh is steep, exp elsewhere."""
+    y = x * (1.0 / softcap)  # a division here costs two registers too many on sm_80 and sm_90
+    size = tl.abs(y)
+    decay = tl.exp(-2.0 * size)
+    far = (1.0 - decay) / (1.0 + decay)
+    y2 = y * y
+    p = -5.70498872745e-3 * y2 + 2.06390887954e-2
+    p = p * y2 - 5.37397155531e-2
+    p = p * y2 + 1.33314422036e-1
+    p = p * y2 - 3.33332819422e-1
+    near = y + y * y2 * p
+    return softcap * tl.where(size < 0.625, near, tl.where(y < 0.0, -far, far))
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(x) for x <= 0 without cancellation near 0."""
+    series = 1.0 + x / 7.0
+    series = 1.0 + x / 6.0 * series
+    series = 1.0 + x / 5.0 * series
+    series = 1.0 + x / 4.0 * series
+    series = 1.0 + x / 3.0 * series
+    series = 1.0 + x / 2.0 * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
