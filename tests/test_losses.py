@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastalign.losses import APA, MLE, PPO, ValueLoss
+from fastalign.losses import APA, AWR, GRPO, MLE, PPO, ValueLoss, effective_sample_size
+from fastalign.losses.grpo import VARIANTS
 from fastalign.ops.gae import gae
 from fastalign.ops.whiten import whiten
 from fastalign.testing import TOLERANCES, assert_no_worse
@@ -40,6 +42,8 @@ def test_published_batch() -> None:
     advantages = whiten(advantages)
     apa = APA(lambda_=1.0)(LOGP, None, advantages=advantages, ref_logp=REF_LOGP)
     assert per_token(apa) == 1.008362829
+    awr = AWR(beta=2.0)(LOGP, None, advantages=advantages)
+    assert per_token(awr) == 1.313412361
     ppo = PPO(clip=0.2)(LOGP, None, advantages=advantages, old_logp=REF_LOGP)
     assert per_token(ppo) == -0.068723898
     value = ValueLoss()(VALUES + 0.1, returns)
@@ -54,6 +58,57 @@ def test_apa_worked_by_hand() -> None:
     assert loss.tolist() == [0.0, 4.0]
     (gradient,) = torch.autograd.grad(loss.sum(), logp)
     assert gradient.tolist() == [0.0, -4.0]
+
+
+def test_apa_in_the_codes_form_has_the_coefficient_on_the_other_side() -> None:
+    """A .5, ref -1.5, coefficient 10: e = -1 - 5 + 1.5 = -4.5, as lambda .1 has it."""
+    logp, ref_logp, advantages = double([-1.0]), double([-1.5]), double([0.5])
+    inputs = {"advantages": advantages, "ref_logp": ref_logp}
+    repo, paper = APA(10.0, form="repo"), APA(0.1)
+    for loss in (repo, paper):
+        assert round(loss(logp, None, **inputs).item(), 12) == 20.25
+        assert round(loss.statistics(logp, None, **inputs)["residual"].item(), 12) == -4.5
+
+
+@pytest.mark.parametrize(
+    "beta, weights, size",
+    [
+        (1.0, [0.221095845, 0.479715378, 1.040846532, 2.258342245], 2.475829),
+        (0.5, None, 1.533166),
+    ],
+)
+def test_reward_weighted_regression(beta: float, weights: list | None, size: float) -> None:
+    """Rewards 1, 2, 3, 4 standardised (unbiased): AWR without a baseline; weights over their mean.
+
+    The loss on logp = -1 is the weight itself.
+    """
+    rewards = double([1, 2, 3, 4])
+    z = (rewards - rewards.mean()) / rewards.std()
+    w = AWR(beta, weight_cap=None).statistics(z, None, advantages=z)["weight"]
+    assert round(effective_sample_size(w).item(), 6) == size
+    if weights:
+        assert [round(x, 9) for x in (w / w.mean()).tolist()] == weights
+    assert torch.equal(AWR(beta, weight_cap=None)(-torch.ones_like(z), None, advantages=z), w)
+    assert torch.equal(MLE()(-torch.ones_like(z), None, weights=w), w)
+
+
+def test_awr_weights_are_capped_before_they_overflow() -> None:
+    logp = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    advantages = torch.tensor([0.0, 3.0, 1e4])
+    loss = AWR(beta=0.5, weight_cap=20.0)(logp, None, advantages=advantages)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert [round(x, 4) for x in loss.tolist()] == [1.0, 20.0, 20.0]
+    assert torch.equal(gradient, -loss)
+    found = AWR(beta=0.5, weight_cap=20.0).statistics(logp, None, advantages=advantages)
+    assert found["clip_fraction"].tolist() == [0.0, 1.0, 1.0]
+
+
+def test_effective_sample_size() -> None:
+    """(1 + 3)^2 / (1 + 9) = 1.6; equal weights: their number, however large; none: 0."""
+    assert round(effective_sample_size(double([1.0, 3.0, 0.0])).item(), 12) == 1.6
+    assert effective_sample_size(torch.full((4, 2), 1e30)).item() == 8.0
+    assert effective_sample_size(torch.zeros(3)).item() == 0.0
+    assert effective_sample_size(torch.zeros(0)).item() == 0.0
 
 
 def softmax_argmin(weights: Tensor, advantages: Tensor, ref: Tensor, loss: APA) -> Tensor:
@@ -164,6 +219,174 @@ def test_ppo_cases(advantage: float, ratio: float, loss: float, slope: float) ->
     assert round(gradient.item(), 9) == slope
 
 
+@pytest.mark.parametrize(
+    "advantage, ratio, loss, slope, clipped",
+    [
+        (-2.0, 2.5, 5.0, 5.0, 0.0),  # a bad token, not yet at the dual clip
+        (-2.0, 9.0, 6.0, 0.0, 1.0),  # c = 3: loss -c A
+        (-2.0, 0.5, 1.6, 0.0, 1.0),  # the lower bound as before
+        (2.0, 9.0, -2.4, 0.0, 1.0),  # a good token: the upper bound as before
+    ],
+)
+def test_dual_clip(
+    advantage: float, ratio: float, loss: float, slope: float, clipped: float
+) -> None:
+    inputs = {"old_logp": double([-9.0]), "advantages": double([advantage])}
+    logp = (inputs["old_logp"] + math.log(ratio)).requires_grad_()
+    ppo = PPO(dual_clip=3.0)
+    got = ppo(logp, None, **inputs)
+    (gradient,) = torch.autograd.grad(got.sum(), logp)
+    assert round(got.item(), 9) == loss
+    assert round(gradient.item(), 9) == slope
+    found = ppo.statistics(logp, None, **inputs)
+    assert round(found["ratio"].item(), 9) == ratio
+    assert found["clip_fraction"].item() == clipped
+
+
+@pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo"])
+def test_these_variants_are_ppo_with_their_own_bounds(variant: str) -> None:
+    logp, old_logp, advantages, ref_logp, entropy = torch.randn(5, 400, dtype=torch.float64)
+    inputs = {"old_logp": old_logp, "advantages": advantages, "ref_logp": ref_logp}
+    rest: Any = {"kl_coef": 0.04, "kl_kind": "k3", "entropy_coef": 0.01, "dual_clip": 3.0}
+    ppo = PPO(clip=0.2, clip_high=0.28 if variant == "dapo" else 0.2, **rest)
+    grpo = GRPO(variant, **rest)
+    assert torch.equal(grpo(logp, entropy, **inputs), ppo(logp, entropy, **inputs))
+    found, expected = grpo.statistics(logp, None, **inputs), ppo.statistics(logp, None, **inputs)
+    for name in ("ratio", "clip_fraction"):
+        assert torch.equal(found[name], expected[name])
+    assert 0.3 < found["clip_fraction"].mean() < 0.6
+    own = GRPO(variant, clip=0.1, clip_high=0.5)
+    assert torch.equal(own(logp, None, **inputs), PPO(0.1, 0.5)(logp, None, **inputs))
+
+
+def test_what_each_variant_averages_over() -> None:
+    assert {name: GRPO(name).reduction for name in VARIANTS} == {
+        "grpo": "sequence_mean",
+        "dr_grpo": "sum",
+        "dapo": "token_mean",
+        "cispo": "token_mean",
+        "gspo": "sequence_mean",
+    }
+
+
+def test_cispo_worked_by_hand() -> None:
+    """Ratios 1, 2, 9 and .1 with A 3, 3, 3, -3: weights 1, 2, 5, .1; loss -w A logp; every token
+    keeps the gradient -w A.
+    """
+    logp = double([-1.0, -1.0, -2.0, -1.0]).requires_grad_()
+    old_logp = logp.detach() - double([1.0, 2.0, 9.0, 0.1]).log()
+    inputs = {"old_logp": old_logp, "advantages": double([3.0, 3.0, 3.0, -3.0])}
+    loss = GRPO("cispo")(logp, None, **inputs)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert [round(x, 9) for x in loss.tolist()] == [3.0, 6.0, 30.0, -0.3]
+    assert [round(x, 9) for x in gradient.tolist()] == [-3.0, -6.0, -15.0, 0.3]
+    found = GRPO("cispo").statistics(logp, None, **inputs)
+    assert found["clip_fraction"].tolist() == [0.0, 0.0, 1.0, 0.0]
+    assert [round(x, 9) for x in found["ratio"].tolist()] == [1.0, 2.0, 9.0, 0.1]
+    both = GRPO("cispo", clip=0.5, clip_high=0.5)(logp, None, **inputs)
+    assert [round(x, 9) for x in both.tolist()] == [3.0, 4.5, 9.0, -1.5]
+
+
+def test_gspo_worked_by_hand() -> None:
+    """Sequences of 2, 0 and 3 tokens, mean log-ratios log 2, none, log .5; clip .2 and .3.
+
+    A 4 and -4: the first is clipped at 1.3 (loss -5.2), the last at .8 (loss 3.2). A -4 and 4: the
+    first stays (loss 8, gradient 8 / 2 per token), the last too (loss -2, gradient -2 / 3).
+    """
+    log2 = math.log(2.0)
+    logp = double([-1.0, -2.0, -3.0, -1.0, -1.0]).requires_grad_()
+    gaps = double([2 * log2, 0.0, -log2, -2 * log2, 0.0])
+    inputs = {"old_logp": logp.detach() - gaps, "cu_seqlens": torch.tensor([0, 2, 2, 5])}
+    gspo = GRPO("gspo", clip=0.2, clip_high=0.3)
+    clipped = gspo(logp, None, advantages=double([4.0, 9.0, -4.0]), **inputs)
+    assert [round(x, 9) for x in clipped.tolist()] == [-5.2, 0.0, 3.2]
+    (gradient,) = torch.autograd.grad(clipped.sum(), logp)
+    assert gradient.tolist() == [0.0] * 5
+    advantages = double([-4.0, 9.0, 4.0])
+    loss = gspo(logp, None, advantages=advantages, **inputs)
+    assert [round(x, 9) for x in loss.tolist()] == [8.0, 0.0, -2.0]
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert [round(x, 9) for x in gradient.tolist()] == [4.0, 4.0] + [round(-2 / 3, 9)] * 3
+    per_token = advantages[torch.tensor([0, 0, 2, 2, 2])] + double([1.0, -1.0, 0.0, 1.0, -1.0])
+    assert torch.equal(gspo(logp, None, advantages=per_token, **inputs), loss)
+    found = gspo.statistics(logp, None, advantages=double([4.0, 9.0, 4.0]), **inputs)
+    assert [round(x, 9) for x in found["ratio"].tolist()] == [2.0, 2.0, 0.5, 0.5, 0.5]
+    assert found["clip_fraction"].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_gspo_of_single_tokens_is_ppo_and_averages_kl_and_entropy() -> None:
+    logp, old_logp, advantages, ref_logp, entropy = 0.1 * torch.randn(5, 60, dtype=torch.float64)
+    inputs = {"old_logp": old_logp, "advantages": advantages, "ref_logp": ref_logp}
+    rest: Any = {"clip": 0.1, "clip_high": 0.2, "kl_coef": 0.5, "entropy_coef": 0.3}
+    singles = GRPO("gspo", **rest)(logp, entropy, cu_seqlens=torch.arange(61), **inputs)
+    ppo = PPO(**rest)(logp, entropy, **inputs)
+    assert (singles - ppo).abs().max().item() <= DOUBLE.floor
+    pairs = torch.arange(0, 61, 2)
+    whole = GRPO("gspo", **rest)(logp, entropy, cu_seqlens=pairs, **inputs)
+    plain = GRPO("gspo", clip=0.1, clip_high=0.2)(logp, None, cu_seqlens=pairs, **inputs)
+    gap = (ref_logp - logp).exp() - 1 - (ref_logp - logp)
+    terms = (0.5 * gap - 0.3 * entropy).view(30, 2).mean(1)
+    assert (whole - plain - terms).abs().max().item() <= DOUBLE.floor
+
+
+@pytest.mark.parametrize("loss", [PPO(), *(GRPO(v) for v in VARIANTS if v != "gspo")], ids=str)
+def test_on_policy_the_gradient_is_minus_the_advantage(loss) -> None:
+    logp = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    advantages = torch.randn(50, dtype=torch.float64)
+    values = loss(logp, None, old_logp=logp.detach(), advantages=advantages)
+    (gradient,) = torch.autograd.grad(values.sum(), logp)
+    assert torch.equal(gradient, -advantages)
+
+
+def test_on_policy_gspo_spreads_the_advantage_over_the_sequence() -> None:
+    logp = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    inputs = {"old_logp": logp.detach(), "cu_seqlens": torch.tensor([0, 2, 6])}
+    loss = GRPO("gspo")(logp, None, advantages=double([3.0, -2.0]), **inputs)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert gradient.tolist() == [-1.5, -1.5, 0.5, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kl_kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_overflows(variant: str, kl_kind: str, dtype: torch.dtype) -> None:
+    """Log-ratios and gaps to the reference of +-1e4, advantages of both signs and 0."""
+    far = torch.tensor([-1e4, 0.0, 1e4])
+    grid = torch.cartesian_prod(far, far, torch.tensor([-1.0, 0.0, 1.0])).to(dtype)
+    logp = torch.full((27,), -2e4, dtype=dtype, requires_grad=True)
+    inputs = {"old_logp": -2e4 + grid[:, 0], "ref_logp": -2e4 + grid[:, 1]}
+    inputs["advantages"] = grid[:, 2]
+    if variant == "gspo":
+        inputs["cu_seqlens"] = torch.arange(28)
+    loss = GRPO(variant, kl_coef=0.1, kl_kind=kl_kind)(logp, None, **inputs)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+
+
+GRADCHECKED = [
+    MLE(),
+    APA(0.7),
+    APA(0.7, form="repo"),
+    AWR(1.3),
+    PPO(dual_clip=2.0, kl_coef=0.3, kl_kind="k2", entropy_coef=0.1),
+    *(GRPO(v, kl_coef=0.2, entropy_coef=0.1) for v in VARIANTS if v != "cispo"),
+]
+
+
+@pytest.mark.parametrize("loss", GRADCHECKED, ids=str)
+def test_gradcheck(loss) -> None:
+    """All but cispo, whose weight is a constant of the ratio it is made of."""
+    tensors = torch.randn(5, 12, dtype=torch.float64)
+    logp, entropy = tensors[0].requires_grad_(), tensors[1].requires_grad_()
+    names = [name for name in (*loss.required, *loss.optional) if name != "cu_seqlens"]
+    inputs = dict(zip(names, torch.randn(4, 12, dtype=torch.float64), strict=False))
+    if "cu_seqlens" in loss.required:
+        inputs["cu_seqlens"] = torch.tensor([0, 5, 5, 12])
+    assert torch.autograd.gradcheck(
+        lambda logp, entropy: loss(logp, entropy, **inputs), (logp, entropy)
+    )
+
+
 def test_ppo_equals_the_textbook_form() -> None:
     logp, old_logp, advantages, ref_logp, entropy = torch.randn(5, 400, dtype=torch.float64)
     logp.requires_grad_()
@@ -200,8 +423,8 @@ def test_ppo_takes_no_clip_at_all() -> None:
 
 
 def test_ppo_survives_a_ratio_that_overflows() -> None:
-    """Log-ratios of +-1e4: clipped tokens have finite loss and gradient 0; a bad token whose ratio
-    is infinite says so; nothing is NaN.
+    """Log-ratios of +-1e4: clipped tokens have gradient 0; a bad token's ratio counts as exp(20),
+    and its loss is constant there.
     """
     logp = torch.tensor([0.0, 0.0, 0.0, -1e4, -1e4], requires_grad=True)
     inputs = {
@@ -210,8 +433,8 @@ def test_ppo_survives_a_ratio_that_overflows() -> None:
     }
     loss = PPO()(logp, **inputs)
     (gradient,) = torch.autograd.grad(loss.sum(), logp)
-    assert [round(x, 6) for x in loss.tolist()] == [-1.2, 0.0, math.inf, 0.0, 0.8]
-    assert gradient.tolist() == [0.0, 0.0, math.inf, 0.0, 0.0]
+    assert [round(x, 6) for x in loss.tolist()] == [-1.2, 0.0, 485165184.0, 0.0, 0.8]
+    assert gradient.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_value_loss_worked_by_hand() -> None:
@@ -224,6 +447,9 @@ def test_value_loss_worked_by_hand() -> None:
     assert [round(x, 12) for x in loss.tolist()] == [0.32, 0.125, 4.5]
     (gradient,) = torch.autograd.grad(loss.sum(), values)
     assert [round(x, 12) for x in gradient.tolist()] == [-0.8, 0.0, -3.0]
+    found = ValueLoss(clip=0.5).statistics(values, returns, old_values)
+    assert found["value_clip_fraction"].tolist() == [0.0, 1.0, 0.0]
+    assert ValueLoss().statistics(values, returns) == {}
     plain = ValueLoss()(values, returns)
     assert [round(x, 12) for x in plain.tolist()] == [0.32, 0.005, 4.5]
 
@@ -231,7 +457,10 @@ def test_value_loss_worked_by_hand() -> None:
 LOSSES = [
     (MLE(), ("weights",)),
     (APA(lambda_=0.5), ("advantages", "ref_logp")),
+    (AWR(beta=0.5), ("advantages",)),
     (PPO(kl_coef=0.1, entropy_coef=0.01), ("old_logp", "advantages", "ref_logp")),
+    (GRPO("dapo", kl_coef=0.1), ("old_logp", "advantages", "ref_logp")),
+    (GRPO("cispo"), ("old_logp", "advantages")),
 ]
 
 
@@ -259,6 +488,7 @@ def test_inputs_are_constants_and_empty_is_fine(loss, names: tuple) -> None:
     given = {name: torch.randn(6, requires_grad=True) for name in names}
     loss(logp, torch.zeros(6), **given).sum().backward()
     assert logp.grad is not None and all(x.grad is None for x in given.values())
+    assert not any(x.requires_grad for x in loss.statistics(logp, None, **given).values())
     none = torch.empty(0, 4)
     assert loss(none, none, **dict.fromkeys(names, none)).shape == (0, 4)
 
@@ -287,7 +517,14 @@ def test_objects_are_frozen_comparable_and_say_what_they_take() -> None:
     [
         (lambda: APA(0.0), "APA: expected lambda_ > 0 and finite, got APA"),
         (lambda: APA(math.nan), "APA: expected lambda_ > 0"),
+        (lambda: APA(0.1, form="code"), "APA: expected form to be one of paper, repo, got APA"),
+        (lambda: AWR(0.0), "AWR: expected beta > 0 and finite, got AWR"),
+        (lambda: AWR(1.0, weight_cap=0.0), "AWR: expected weight_cap > 0 and finite, or None"),
         (lambda: PPO(clip=0.0), "PPO: expected clip > 0"),
+        (lambda: PPO(dual_clip=1.0), "PPO: expected dual_clip > 1 and finite, or None"),
+        (lambda: GRPO("gpro"), "GRPO: expected variant to be one of grpo, dr_grpo, dapo, cispo"),
+        (lambda: GRPO(clip=-1.0), "GRPO: expected clip > 0"),
+        (lambda: GRPO("cispo", dual_clip=3.0), "GRPO: expected no dual_clip for cispo"),
         (lambda: PPO(clip_high=-1.0), "PPO: expected clip_high > 0"),
         (lambda: PPO(kl_coef=-0.1), "PPO: expected kl_coef >= 0"),
         (lambda: PPO(kl_kind="k4"), "PPO: expected kl_kind to be one of k1, k2, k3"),
@@ -320,6 +557,18 @@ L = torch.zeros(2, 3)
         (
             lambda: PPO(entropy_coef=0.1)(L, old_logp=L, advantages=L),
             "PPO: missing inputs: entropy",
+        ),
+        (lambda: GRPO()(L, old_logp=L), "GRPO: missing inputs: advantages"),
+        (
+            lambda: GRPO("gspo")(L[0], old_logp=L[0], advantages=L[0]),
+            r"GRPO: expected logp \[N\] and cu_seqlens \[S \+ 1\] for gspo, got logp \(3,\) and "
+            r"cu_seqlens None",
+        ),
+        (
+            lambda: GRPO("gspo")(
+                L[0], old_logp=L[0], advantages=L[0, :1], cu_seqlens=torch.tensor([0, 1, 3])
+            ),
+            r"GRPO: expected advantages of the shape of logp, \(3,\), got \(1,\)",
         ),
         (lambda: ValueLoss(clip=0.2)(L, L), "ValueLoss: missing inputs: old_values"),
         (lambda: ValueLoss()(L, L[:1]), r"returns of the shape of values, \(2, 3\), got \(1, 3\)"),
