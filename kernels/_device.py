@@ -23,12 +23,18 @@ def soft_capped(x, softcap):
 
 
 @triton.jit
+def expm1_near(x):
+    """exp(x) - 1 for |x| < 0.5."""
+    series = 1.0 + x * (1.0 / 7.0)
+    series = 1.0 + x * (1.0 / 6.0) * series
+    series = 1.0 + x * (1.0 / 5.0) * series
+    series = 1.0 + x * (1.0 / 4.0) * series
+    series = 1.0 + x * (1.0 / 3.0) * series
+    series = 1.0 + x * (1.0 / 2.0) * series
+    return x * series
+
+
+@triton.jit
 def one_minus_exp(x):
     """1 - exp(x) for x <= 0 without cancellation near 0."""
-    series = 1.0 + x / 7.0
-    series = 1.0 + x / 6.0 * series
-    series = 1.0 + x / 5.0 * series
-    series = 1.0 + x / 4.0 * series
-    series = 1.0 + x / 3.0 * series
-    series = 1.0 + x / 2.0 * series
-    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+    return tl.where(x > -0.5, -expm1_near(x), 1.0 - tl.exp(x))

@@ -108,6 +108,7 @@ def main() -> None:
                 report["compiled"].append({"launch": name, **compiled(one, arch)})
     report["one model"] = distinct(aot_launches.shapes_of_one_model())
     report["any vocabulary"] = distinct(aot_launches.any_vocabulary())
+    report["kl of any shape"] = distinct(aot_launches.kl_of_any_shape())
     report["gae of any shape"] = distinct(aot_launches.gae_of_any_shape())
     json.dump(report, sys.stdout)
 

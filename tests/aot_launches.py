@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from fastalign.kernels.gae import gae_fwd
+from fastalign.kernels.token_kl import kl_dlogits_fwd, kl_stats_fwd
 from fastalign.kernels.token_logprobs import dlogits_fwd, row_stats_fwd
 
 Launch = Callable[[], object]
@@ -29,6 +30,25 @@ def row_kernels(
     dlogits_fwd(logits, g, e, logits, targets, temperature, softcap, -100, *stats)
 
 
+def kl_kernels(
+    dtype: torch.dtype,
+    ref_dtype: torch.dtype,
+    vocab: int,
+    softcap: float = 0.0,
+    entropy: bool = True,
+) -> None:
+    logits = torch.empty(4, vocab, dtype=dtype)
+    ref_logits = torch.empty(4, vocab, dtype=ref_dtype)
+    targets = torch.zeros(4, dtype=torch.int64)
+    temperature = torch.ones(4 if entropy else 1)
+    settings = (targets, temperature, softcap, -100)
+    logp, entropies, row_max, log_sum, kl, _, *ref = kl_stats_fwd(logits, ref_logits, *settings)
+    g = torch.ones(4)
+    stats = (logp, entropies, row_max, log_sum, kl, *ref)
+    e = g if entropy else None
+    kl_dlogits_fwd(logits, g, e, g, logits, ref_logits, *settings, *stats)
+
+
 def gae(rows: int, steps: int, packed: bool = False, features: bool = False) -> None:
     shape = (rows * steps,) if packed else (rows, steps)
     rewards = torch.empty(shape, dtype=torch.bfloat16 if features else torch.float32)
@@ -43,6 +63,11 @@ LAUNCHES: dict[str, Launch] = {
     "rows bf16, V a multiple of 16, entropy": lambda: row_kernels(torch.bfloat16, 128_256),
     "rows fp32, odd V, soft-cap": lambda: row_kernels(torch.float32, 50_257, softcap=30.0),
     "rows fp16, no entropy": lambda: row_kernels(torch.float16, 32_000, entropy=False),
+    "kl bf16, V a multiple of 16": lambda: kl_kernels(torch.bfloat16, torch.bfloat16, 128_256),
+    "kl fp32 and bf16, odd V, soft-cap": lambda: kl_kernels(
+        torch.float32, torch.bfloat16, 50_257, softcap=30.0
+    ),
+    "kl fp16, no entropy": lambda: kl_kernels(torch.float16, torch.float16, 32_000, entropy=False),
     "gae": lambda: gae(64, 512),
     "gae packed, all features": lambda: gae(64, 512, packed=True, features=True),
     "gae, few long rows": lambda: gae(2, 100_000),
@@ -57,6 +82,17 @@ def shapes_of_one_model() -> Iterator[Launch]:
     for i in range(50):
         n = int(torch.randint(1, 3000, (), generator=generator))
         yield partial(_stats_only, n, 32_000, i % 2 == 0, -100 + i % 3)
+
+
+def kl_of_any_shape() -> Iterator[Launch]:
+    """50 random shapes [N, V], float and per-token temperatures: only whether V is a multiple of 16
+    may matter."""
+    generator = torch.Generator().manual_seed(3)
+    for i in range(50):
+        n = int(torch.randint(2, 3000, (), generator=generator))
+        vocab = int(torch.randint(2, 5000, (), generator=generator))
+        vocab += -vocab % 16 if i % 3 == 0 else 0
+        yield partial(_kl_stats_only, n, vocab, i % 2 == 0, -100 + i % 3)
 
 
 def any_vocabulary() -> Iterator[Launch]:
@@ -83,3 +119,10 @@ def _stats_only(n: int, vocab: int, per_token: bool, ignore_index: int) -> None:
     logits = torch.empty(n, vocab, dtype=torch.bfloat16)
     temperature = torch.ones(n if per_token else 1)
     row_stats_fwd(logits, torch.zeros(n, dtype=torch.int64), temperature, 0.0, ignore_index)
+
+
+def _kl_stats_only(n: int, vocab: int, per_token: bool, ignore_index: int) -> None:
+    logits = torch.empty(n, vocab, dtype=torch.bfloat16)
+    temperature = torch.ones(n if per_token else 1)
+    targets = torch.zeros(n, dtype=torch.int64)
+    kl_stats_fwd(logits, logits, targets, temperature, 0.0, ignore_index)

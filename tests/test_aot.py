@@ -67,7 +67,7 @@ def test_no_atomics(report: dict[str, Any]) -> None:
 
 def test_aligned_rows_load_16_bytes_at_once(report: dict[str, Any]) -> None:
     aligned = [one for one in report["compiled"] if "a multiple of 16" in one["launch"]]
-    assert len(aligned) == 2 * len(ARCHS)
+    assert len(aligned) == 4 * len(ARCHS)
     assert {one["widest_load"] for one in aligned} == {4}
 
 
@@ -77,6 +77,10 @@ def test_one_compilation_for_all_numbers_of_tokens_and_temperatures(report: dict
 
 def test_one_more_compilation_for_vocabularies_of_no_multiple_of_16(report: dict[str, Any]) -> None:
     assert report["any vocabulary"] == 2
+
+
+def test_kl_compiles_once_for_aligned_rows_and_once_for_others(report: dict[str, Any]) -> None:
+    assert report["kl of any shape"] == 2
 
 
 def test_gae_compiles_once_per_feature_set(report: dict[str, Any]) -> None:

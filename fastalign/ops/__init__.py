@@ -7,6 +7,7 @@ from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.linear_loss import LossOutput, linear_loss
 from fastalign.ops.plan import Plan, plan
 from fastalign.ops.reward_heads import reduce_scores, reward_heads
+from fastalign.ops.token_kl import token_kl
 from fastalign.ops.token_logprobs import token_logprobs
 from fastalign.ops.whiten import whiten
 
@@ -21,6 +22,7 @@ __all__ = [
     "plan",
     "reduce_scores",
     "reward_heads",
+    "token_kl",
     "token_logprobs",
     "whiten",
 ]
