@@ -131,7 +131,7 @@ def test_kept_and_recomputed_logits_give_the_same_bits() -> None:
     def with_slabs(keep: bool) -> list[Tensor]:
         t = torch.ones(1)
         return results(
-            lambda h, w: linear_logprobs_op(h, w, targets, None, t, 0.0, -100, 16, keep)[:2],
+            lambda h, w: linear_logprobs_op(h, w, targets, None, t, 0.0, -100, 16, keep, False)[:2],
             [hidden, weight],
         )
 
@@ -258,8 +258,8 @@ def test_opcheck() -> None:
     weight.requires_grad_()
     bias.requires_grad_()
     t = torch.ones(1)
-    for keep in (True, False):
-        args = (hidden, weight, targets, bias, t, 0.0, -100, 16, keep)
+    for keep, fill in ((True, False), (False, False), (True, True), (False, True)):
+        args = (hidden, weight, targets, bias, t, 0.0, -100, 16, keep, fill)
         torch.library.opcheck(linear_logprobs_op, args)
 
 

@@ -1,8 +1,9 @@
 r"""Log-probability and entropy of each token from hidden states and the LM head, without a full
 logits tensor.
 
-    z_i = softcap(W h_i + b) / T_i,    logp_i = z_i[y_i] - logsumexp(z_i),    H_i = -sum_v p_iv log
-    p_iv
+    z_i = softcap(W h_i + b) / T_i
+    logp_i = z_i[y_i] - logsumexp(z_i)
+    H_i = -sum_v p_iv log p_iv
 
 The rows are worked off in slabs (fastalign/ops/slab.py); within a slab the formulas are those of
 fastalign/ops/token_logprobs.py. In the backward pass, for dZ of token_logprobs,
@@ -12,9 +13,8 @@ fastalign/ops/token_logprobs.py. In the backward pass, for dZ of token_logprobs,
 The upstream gradient is not known in the forward pass, so the logits are either kept (when they fit
 in ``workspace``: 3 products) or computed again (4 products). ``linear_loss`` needs neither.
 
-Tests: tests/test_linear_logprobs.py. Benchmark: benchmarks/bench_linear_logprobs.py. The row
-    kernels are
-token_logprobs' (csrc/token_logprobs.cpp, kernels/token_logprobs.py).
+The row kernels are token_logprobs' (csrc/token_logprobs.cpp, kernels/token_logprobs.py). Tests:
+tests/test_linear_logprobs.py. Benchmark: benchmarks/bench_linear_logprobs.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fastalign.ops.slab import (
     Rows,
     check_head,
     check_softcap,
+    filled,
     follow_autocast,
     logits_workspace,
     slab_logits,
@@ -71,19 +72,25 @@ def linear_logprobs_op(
     ignore_index: int,
     slab: int,
     keep: bool,
+    fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> logp, entropy, row_max, log_sum [N] and the logits: [N, V], kept rows first, or [0, V]."""
+    """-> logp, entropy, row_max, log_sum [N] and the logits: [N, V], kept rows first, or [0, V].
+
+    With ``fill`` every product has ``slab`` rows, and the logits are [N rounded up to slabs, V].
+    """
     rows = Rows(targets, ignore_index)
-    n, vocab = hidden.shape[0], weight.shape[0]
-    logits = hidden.new_empty(n if keep else 0, vocab)
+    vocab = weight.shape[0]
+    logits = hidden.new_empty(_kept_rows(hidden, slab, keep, fill), vocab)
     stats = torch.empty(rows.count, 4, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    with logits_workspace(0 if keep else min(slab, rows.count), vocab, hidden) as work:
+    tallest = slab if fill else min(slab, rows.count)
+    with logits_workspace(0 if keep else tallest, vocab, hidden) as work:
         for start in range(0, rows.count, slab):
             stop = min(start + slab, rows.count)
-            z = logits[start:stop] if keep else work[: stop - start]
-            slab_logits(rows.take(hidden, start, stop), weight, bias, z)
+            height = slab if fill else stop - start
+            z = logits[start : start + height] if keep else work[:height]
+            slab_logits(filled(rows.take(hidden, start, stop), height), weight, bias, z)
             columns = row_stats(
-                z,
+                z[: stop - start],
                 rows.take(targets, start, stop),
                 rows.take_temperature(temperature, start, stop),
                 softcap,
@@ -106,11 +113,19 @@ def _(
     ignore_index: int,
     slab: int,
     keep: bool,
+    fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = hidden.shape[0]
     one = torch.empty(n, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    logits = hidden.new_empty(n if keep else 0, weight.shape[0])
+    logits = hidden.new_empty(_kept_rows(hidden, slab, keep, fill), weight.shape[0])
     return one, torch.empty_like(one), torch.empty_like(one), torch.empty_like(one), logits
+
+
+def _kept_rows(hidden: Tensor, slab: int, keep: bool, fill: bool) -> int:
+    if not keep:
+        return 0
+    n = hidden.shape[0]
+    return -(-n // slab) * slab if fill else n
 
 
 @torch.library.custom_op("fastalign::linear_logprobs_backward", mutates_args=())
@@ -125,6 +140,7 @@ def linear_logprobs_backward(
     softcap: float,
     ignore_index: int,
     slab: int,
+    fill: bool,
     logits: Tensor,
     logp: Tensor,
     entropy: Tensor,
@@ -137,18 +153,21 @@ def linear_logprobs_backward(
     keep = logits.shape[0] > 0
     slabs = -(-rows.count // slab)
     grads = HeadGradients(hidden, weight, bias, rows, slabs, (need[0], need[1], need[2]))
-    with logits_workspace(min(slab, rows.count), weight.shape[0], hidden) as work:
+    tallest = slab if fill else min(slab, rows.count)
+    with logits_workspace(tallest, weight.shape[0], hidden) as work:
         for start in range(0, rows.count, slab):
             stop = min(start + slab, rows.count)
-            h = rows.take(hidden, start, stop)
-            dz = work[: stop - start]
+            height = slab if fill else stop - start
+            h = filled(rows.take(hidden, start, stop), height)
+            dz = work[:height]
+            own = dz[: stop - start]
             if not keep:
                 slab_logits(h, weight, bias, dz)
             dlogits_out(
-                dz,
+                own,
                 rows.take(grad_logp, start, stop),
                 None if grad_entropy is None else rows.take(grad_entropy, start, stop),
-                logits[start:stop] if keep else dz,
+                logits[start:stop] if keep else own,
                 rows.take(targets, start, stop),
                 rows.take_temperature(temperature, start, stop),
                 softcap,
@@ -158,6 +177,7 @@ def linear_logprobs_backward(
                 rows.take(row_max, start, stop),
                 rows.take(log_sum, start, stop),
             )
+            dz[stop - start :] = 0.0
             grads.add(dz, h, start, stop)
     dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in grads.result())
     return dhidden, dweight, dbias
@@ -175,6 +195,7 @@ def _(
     softcap: float,
     ignore_index: int,
     slab: int,
+    fill: bool,
     logits: Tensor,
     logp: Tensor,
     entropy: Tensor,
@@ -191,7 +212,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, temperature, *ctx.settings, _ = inputs
+    hidden, weight, targets, bias, temperature, softcap, ignore_index, slab, _, fill = inputs
+    ctx.settings = softcap, ignore_index, slab, fill
     logp, entropy, row_max, log_sum, logits = output
     ctx.save_for_backward(
         hidden, weight, targets, bias, temperature, logits, logp, entropy, row_max, log_sum
@@ -202,7 +224,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> Any:
     hidden, weight, targets, bias, temperature, logits, *stats = ctx.saved_tensors
-    softcap, ignore_index, slab = ctx.settings
     if grad_logp is None:
         grad_logp = torch.zeros_like(stats[0])
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
@@ -214,15 +235,13 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
         targets,
         bias,
         temperature,
-        softcap,
-        ignore_index,
-        slab,
+        *ctx.settings,
         logits,
         *stats,
         need,
     )
     dhidden, dweight, dbias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
-    return dhidden, dweight, None, dbias, None, None, None, None, None
+    return dhidden, dweight, None, dbias, None, None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -242,6 +261,7 @@ def linear_logprobs(
     ignore_index: int | None = ...,
     return_entropy: Literal[False] = ...,
     workspace: int | None = ...,
+    batch_invariant: bool = ...,
 ) -> Tensor: ...
 @overload
 def linear_logprobs(
@@ -255,6 +275,7 @@ def linear_logprobs(
     ignore_index: int | None = ...,
     return_entropy: Literal[True],
     workspace: int | None = ...,
+    batch_invariant: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def linear_logprobs(
@@ -268,6 +289,7 @@ def linear_logprobs(
     ignore_index: int | None = ...,
     return_entropy: bool,
     workspace: int | None = ...,
+    batch_invariant: bool = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_logprobs(
     hidden: Tensor,
@@ -280,6 +302,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     return_entropy: bool = False,
     workspace: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(softcap(hidden @ weight.T + bias) / temperature) at ``targets``, in bounded
     memory.
@@ -300,7 +323,8 @@ def linear_logprobs(
             gradient 0. Counting them makes the host wait once for a CUDA device; ``None`` drops
             nothing and never waits.
         return_entropy: also return the entropy of each row (nats).
-        workspace: bytes of logits that may be held at once (default 1 GiB); see ``plan``.
+        workspace: bytes of logits that may be held at once; see ``plan``.
+        batch_invariant: as in ``linear_loss``.
 
     Returns:
         logp [N] in nats, float32 (float64 for float64 input); with ``return_entropy`` (logp,
@@ -326,6 +350,7 @@ def linear_logprobs(
         device=hidden.device,
         hidden_grad=grad and hidden.requires_grad,
         weight_grad=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        batch_invariant=batch_invariant,
         workspace=workspace,
     )
     logp, entropy, *_ = linear_logprobs_op(
@@ -338,5 +363,6 @@ def linear_logprobs(
         IGNORE_NOTHING if ignore_index is None else ignore_index,
         chosen.slab,
         chosen.mode == "keep logits",
+        batch_invariant,
     )
     return (logp, entropy) if return_entropy else logp

@@ -2,24 +2,23 @@ r"""Any loss on token log-probabilities, from hidden states to gradients in one 
 memory.
 
     z_i = softcap(W h_i + b) / T_i        logp_i, H_i from token_logprobs
+    kl_i = KL(softmax(z_i) || softmax(r_i))     with a reference model, r_i its logits: token_kl
     loss = sum_i loss(logp, H, inputs)_i / normalizer
-    g_i = dloss/dlogp_i,  e_i = dloss/dH_i     by autograd on vectors of C numbers
-    dZ from (g, e) by token_logprobs,  dH = dZ W,  dW = dZ^T H
+    g_i, e_i, c_i = dloss/dlogp_i, dloss/dH_i, dloss/dkl_i     by autograd on vectors of C numbers
+    dZ from (g, e, c),  dH = dZ W,  dW = dZ^T H
 
-g and e are known as soon as a slab's log-probs are, while its logits are still in the workspace. So
-the forward pass already forms the gradients: three matrix products, where recomputing the logits
-    takes four. The backward pass
-only multiplies by the upstream gradient. fastalign/ops/slab.py holds the products,
-fastalign/ops/plan.py the choice of slabs. The row kernels are token_logprobs'
-(csrc/token_logprobs.cpp, kernels/token_logprobs.py).
+g, e and c are known as soon as a slab's log-probs are, while its logits are still in the workspace.
+So the forward pass already forms the gradients: three matrix products, where recomputing the logits
+takes four. The backward pass only multiplies by the upstream gradient.
+
+fastalign/ops/linear_loss_walk.py walks the slabs, linear_loss_call.py calls the loss, slab.py holds
+the products, plan.py the choice of slabs. The row kernels are those of token_logprobs and token_kl.
 
 Tests: tests/test_linear_loss.py. Benchmark: benchmarks/bench_linear_loss.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,28 +26,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign.ops.linear_logprobs import linear_logprobs_reference
-from fastalign.ops.plan import Plan, plan
-from fastalign.ops.slab import (
-    IGNORE_NOTHING,
-    Groups,
-    HeadGradients,
-    Rows,
-    check_head,
-    check_softcap,
-    follow_autocast,
-    logits_workspace,
-    slab_logits,
-)
-from fastalign.ops.token_logprobs import (
-    accumulation_dtype,
-    check_targets,
-    dlogits_out,
-    row_stats,
-    temperature_tensor,
-)
+from fastalign.ops.linear_loss_call import FROM_REFERENCE, Loss, accepted
+from fastalign.ops.linear_loss_walk import Call, Reference, Walk
+from fastalign.ops.slab import IGNORE_NOTHING, check_head, check_softcap, follow_autocast
+from fastalign.ops.token_logprobs import accumulation_dtype, check_targets, temperature_tensor
 
-Loss = Callable[..., Tensor]
-Range = tuple[int, int]
+OP = "linear_loss"
 
 
 class LossOutput(NamedTuple):
@@ -61,9 +44,15 @@ class LossOutput(NamedTuple):
     entropy: Tensor
     """[N] detached, 0 at ignored rows."""
     metrics: dict[str, Tensor]
-    """0-d detached means over the rows kept: "entropy"; "ref_k1", "ref_k3" when ``ref_logp`` is an
-    input, "old_k1", "old_k3" when ``old_logp`` is one: k1 = logp - other, k3 = exp(other - logp) -
-    1 - (other - logp)."""
+    """0-d detached means over the rows kept: "entropy"; "top1", the share of targets that are the
+    likeliest token; "ref_k1", "ref_k3" when ``ref_logp`` is an input or a reference model is given,
+    "old_k1", "old_k3" when ``old_logp`` is an input: k1 = logp - other, k3 = exp(other - logp) - 1
+    - (other - logp); "kl" with a reference model; and what ``loss.statistics`` names (the clip
+    fraction of PPO), where the loss has it."""
+    ref_logp: Tensor | None = None
+    """[N] detached, with a reference model: its log-probs of the targets."""
+    kl: Tensor | None = None
+    """[N] detached, with a reference model: KL(policy || reference) over the whole vocabulary."""
 
 
 def linear_loss_reference(
@@ -91,228 +80,44 @@ def linear_loss_reference(
     return values.sum() / (count if normalizer is None else normalizer)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of linear_loss, apart from the tensors that autograd must see."""
-
-    targets: Tensor
-    temperature: Tensor
-    softcap: float
-    ignore_index: int
-    loss: Loss
-    inputs: dict[str, Any]
-    learned: tuple[str, ...]  # the names of the inputs that require grad
-    normalizer: float | Tensor | None
-    groups: Tensor | None
-    workspace: int | None
-    need: tuple[bool, bool, bool]  # gradients wanted: hidden, weight, bias
-    metrics: dict[str, Tensor]  # filled by the run
-
-
-class _Run:
-    """Walks the slabs and collects losses and gradients."""
-
-    def __init__(self, call: _Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.call, self.hidden, self.weight, self.bias = call, hidden, weight, bias
-        self.rows = Rows(call.targets, call.ignore_index)
-        self.groups = None if call.groups is None else Groups(call.groups, self.rows)
-        need_hidden, need_weight, need_bias = call.need
-        self.plan: Plan = plan(
-            self.rows.count,
-            hidden.shape[1],
-            weight.shape[0],
-            dtype=hidden.dtype,
-            device=hidden.device,
-            hidden_grad=need_hidden,
-            weight_grad=need_weight or need_bias,
-            longest_group=None if self.groups is None else self.groups.longest,
-            workspace=call.workspace,
-        )
-        wide = accumulation_dtype(hidden.dtype)
-        self.total = torch.zeros((), dtype=wide, device=hidden.device)
-        self.stats = torch.empty(4, self.rows.count, dtype=wide, device=hidden.device)
-        default = self.rows.count if self.groups is None else self.groups.count
-        self.normalizer = max(default, 1) if call.normalizer is None else call.normalizer
-        self.learned = {name: torch.zeros_like(call.inputs[name]) for name in call.learned}
-        self.checked = False
-
-    def run(self) -> None:
-        single = self.plan.mode == "single pass"
-        if self.groups is not None and single:
-            units = self.groups.slabs(self.plan.slab)
-            cuts = [(self.groups.bounds[a], self.groups.bounds[b]) for a, b in units]
-        else:
-            size = self.plan.slab
-            cuts = [(a, min(a + size, self.rows.count)) for a in range(0, self.rows.count, size)]
-            units = [(0, self.groups.count)] if self.groups is not None else cuts
-        self.grads = HeadGradients(
-            self.hidden, self.weight, self.bias, self.rows, len(cuts), self.call.need
-        )
-        tallest = max((stop - start for start, stop in cuts), default=0)
-        with logits_workspace(tallest, self.weight.shape[0], self.hidden) as self.work:
-            self.walk(cuts, units, single)
-
-    def walk(self, cuts: list[Range], units: list[Range], single: bool) -> None:
-        """Slab after slab; ``units`` are the rows or the groups that each loss call covers."""
-        if single:
-            for (start, stop), unit in zip(cuts, units, strict=True):
-                z, h = self.forward(start, stop)
-                g, e = self.evaluate(start, stop, unit)
-                self.backward(z, h, g, e, start, stop)
-            return
-        for start, stop in cuts:
-            self.forward(start, stop)
-        everything = (0, self.groups.count if self.groups is not None else self.rows.count)
-        g, e = self.evaluate(0, self.rows.count, everything)
-        if self.plan.mode == "two stages":
-            for start, stop in cuts:
-                h = self.rows.take(self.hidden, start, stop)
-                z = self.work[: stop - start]
-                slab_logits(h, self.weight, self.bias, z)
-                self.backward(
-                    z, h, g[start:stop], None if e is None else e[start:stop], start, stop
-                )
-
-    def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Logits and row statistics of the kept rows start..stop."""
-        h = self.rows.take(self.hidden, start, stop)
-        z = self.work[: stop - start]
-        slab_logits(h, self.weight, self.bias, z)
-        stats = row_stats(
-            z,
-            self.rows.take(self.call.targets, start, stop),
-            self.rows.take_temperature(self.call.temperature, start, stop),
-            self.call.softcap,
-            self.call.ignore_index,
-        )
-        for row, values in zip(self.stats, stats, strict=True):
-            row[start:stop] = values
-        return z, h
-
-    def backward(
-        self, z: Tensor, h: Tensor, g: Tensor, e: Tensor | None, start: int, stop: int
-    ) -> None:
-        """dlogits in place of the logits, then the two products."""
-        stats = self.stats[:, start:stop]
-        targets = self.rows.take(self.call.targets, start, stop)
-        temperature = self.rows.take_temperature(self.call.temperature, start, stop)
-        settings = (self.call.softcap, self.call.ignore_index)
-        dlogits_out(z, g, e, z, targets, temperature, *settings, *stats)
-        self.grads.add(z, h, start, stop)
-
-    def evaluate(self, start: int, stop: int, unit: Range) -> tuple[Tensor, Tensor | None]:
-        """The loss of one slab, added to the total; returns dloss/dlogp and dloss/dentropy (None:
-        unused)."""
-        call, wanted = self.call, any(self.call.need) or bool(self.call.learned)
-        logp = self.stats[0, start:stop].clone()
-        entropy = self.stats[1, start:stop].clone()
-        cut = {name: self.slice(x, start, stop, unit) for name, x in call.inputs.items()}
-        if self.groups is not None:
-            first, last = unit
-            cut["cu_seqlens"] = self.groups.tensor[first : last + 1] - self.groups.tensor[first]
-        leaves = [logp, entropy, *(cut[name] for name in call.learned)]
-        with torch.set_grad_enabled(wanted):
-            if wanted:
-                for leaf in leaves:
-                    leaf.requires_grad_()
-            values = call.loss(logp, entropy, **cut)
-        expected = (stop - start,) if self.groups is None else (unit[1] - unit[0],)
-        if not isinstance(values, Tensor) or values.shape != expected:
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            per = "token" if self.groups is None else "group"
-            raise ValueError(
-                f"linear_loss: expected loss to return one value per {per}, shape {expected}, "
-                f"got {got}"
-            )
-        self.total += values.detach().sum(dtype=self.total.dtype) / self.normalizer
-        if not wanted or not values.requires_grad:
-            return torch.zeros_like(logp), None
-        if not self.checked:
-            _check_closed(values, leaves)
-            self.checked = True
-        seed = torch.ones_like(values) / self.normalizer
-        g, e, *rest = torch.autograd.grad(values, leaves, seed, allow_unused=True)
-        for name, grad in zip(call.learned, rest, strict=True):
-            if grad is not None:
-                self.accumulate(name, grad, start, stop, unit)
-        return torch.zeros_like(logp) if g is None else g, e
-
-    def slice(self, x: Any, start: int, stop: int, unit: Range) -> Any:
-        """The part of one loss input that belongs to a slab, with a gradient history of its own."""
-        if not isinstance(x, Tensor):
-            return x
-        if x.dim() == 0:
-            return x.detach().clone() if x.requires_grad else x
-        if x.shape[0] == self.rows.total:
-            x = self.rows.take(x.detach(), start, stop)
-            return x
-        return x.detach()[unit[0] : unit[1]]
-
-    def accumulate(self, name: str, grad: Tensor, start: int, stop: int, unit: Range) -> None:
-        out = self.learned[name]
-        if out.dim() == 0:
-            out += grad
-        elif out.shape[0] != self.rows.total:
-            out[unit[0] : unit[1]] = grad
-        elif self.rows.index is None:
-            out[start:stop] = grad
-        else:
-            out.index_copy_(0, self.rows.index[start:stop], grad)
-
-    def fill_metrics(self) -> None:
-        logp, entropy = self.stats[0], self.stats[1]
-        count = max(self.rows.count, 1)
-        metrics = self.call.metrics
-        metrics["entropy"] = entropy.sum() / count
-        for name in ("ref", "old"):
-            other = self.call.inputs.get(f"{name}_logp")
-            if not isinstance(other, Tensor) or other.shape != self.call.targets.shape:
-                continue
-            gap = self.rows.take(other.detach(), 0, self.rows.count).to(logp.dtype) - logp
-            metrics[f"{name}_k1"] = -gap.sum() / count
-            metrics[f"{name}_k3"] = (torch.expm1(gap) - gap).sum() / count
-
-
-def _check_closed(values: Tensor, leaves: list[Tensor]) -> None:
-    """ValueError when the loss reaches a tensor that requires grad by any way but its arguments."""
-    known = {id(leaf) for leaf in leaves}
-    stack, seen = [values.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
-            raise ValueError(
-                "linear_loss: the loss uses a tensor that requires grad and is not among inputs, "
-                f"shape {tuple(variable.shape)}; expected it in inputs: its gradient would be lost"
-            )
-        stack.extend(next_node for next_node, _ in node.next_functions)
-
-
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, *learned: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        run = _Run(call, hidden, weight, bias)
-        run.run()
-        run.fill_metrics()
-        grads = run.grads.result()
-        ctx.save_for_backward(*grads, *(run.learned[name] for name in call.learned))
-        logp, entropy = run.rows.scatter(run.stats[:2].t().contiguous()).t().contiguous()
-        ctx.mark_non_differentiable(logp, entropy)
-        return run.total, logp, entropy
+        ctx: Any, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, *learned: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        walk = Walk(call, hidden, weight, bias)
+        walk.run()
+        ctx.into_buffer = call.weight_grad is not None
+        ctx.save_for_backward(*walk.grads.result(), *walk.loss.learned.values())
+        found = [walk.scattered("logp"), walk.scattered("entropy")]
+        if call.reference is not None:
+            found += [walk.scattered("ref_logp"), walk.scattered("kl")]
+        ctx.mark_non_differentiable(*found)
+        return walk.loss.total, *found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         grads = ctx.saved_tensors
+        on_cpu = grad_loss.device.type == "cpu"
+        if ctx.into_buffer:
+            _check_upstream(grad_loss, on_cpu)
         # On a CPU looking at the factor is free, and multiplying dW by one is not.
-        if grad_loss.device.type != "cpu" or grad_loss != 1.0:
+        elif not on_cpu or grad_loss != 1.0:
             grads = tuple(None if g is None else _times(g, grad_loss) for g in grads)
         return None, *grads
+
+
+def _check_upstream(grad_loss: Tensor, on_cpu: bool) -> None:
+    """The weight's gradient is in its buffer already: nothing may multiply the others."""
+    if not on_cpu:
+        torch._assert_async(grad_loss == 1.0)
+    elif grad_loss != 1.0:
+        raise ValueError(
+            f"{OP}: expected the loss to be the end of the graph when weight_grad is given (its "
+            f"gradient was added in the forward pass), got the upstream gradient {grad_loss.item()}"
+            "; scale by normalizer instead"
+        )
 
 
 def _times(g: Tensor, factor: Tensor) -> Tensor:
@@ -333,8 +138,13 @@ def linear_loss(
     softcap: float | None = None,
     ignore_index: int | None = -100,
     normalizer: float | Tensor | None = None,
-    groups: Tensor | None = None,
+    groups: Tensor | list[int] | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    weight_grad: Tensor | None = None,
     workspace: int | None = None,
+    batch_invariant: bool = False,
 ) -> LossOutput:
     """sum(loss(logp, entropy, **inputs)) / normalizer, and its gradients, without a full logits
     tensor.
@@ -348,7 +158,8 @@ def linear_loss(
     Args:
         hidden: [N, H] float32, bfloat16, float16 or float64.
         weight: [V, H], same dtype and device.
-        targets: [N] int64, in [0, V) or ``ignore_index``.
+        targets: [N] int64, in [0, V) or ``ignore_index``. Other values: an error on the CPU, a NaN
+            loss on CUDA.
         loss: any callable ``loss(logp, entropy, **inputs)`` in plain PyTorch. logp and entropy are
             [C] for the C kept rows of the slab at hand; it returns one value per row, [C]. With
             ``groups`` it also receives ``cu_seqlens`` [g + 1], int64, the bounds of the slab's g
@@ -364,89 +175,168 @@ def linear_loss(
             makes the host wait once for a CUDA device; ``None`` drops nothing.
         normalizer: number or 0-d tensor; default: the number of rows kept (of groups, with
             ``groups``).
-        groups: cu_seqlens [G + 1], integers from 0 to N, not falling. Read by the host: one wait on
-            CUDA.
-        workspace: bytes of logits that may be held at once (default 1 GiB); see ``plan``.
+        groups: cu_seqlens [G + 1], integers from 0 to N, not falling. Read by the host: one wait
+            when it is a CUDA tensor, none for a list or a tensor on the CPU.
+        ref_hidden, ref_weight, ref_bias: [N, H'], [V, H'] and [V] of a frozen reference model, H'
+            of any size. Its logits are computed slab by slab beside the policy's (one more product)
+            at the same temperature and soft-cap, and the loss receives ``kl`` [C], the exact
+            KL(policy || reference) over the vocabulary in nats, differentiable, and ``ref_logp``
+            [C], whichever of the two it takes.
+        weight_grad: float32 (float64 for float64) [V, H] contiguous buffer to which the weight's
+            gradient is added during this call, instead of being returned by ``backward``: no
+            accumulator, no copy, over micro-batches no rounding. Usually ``weight.grad``. Each call
+            adds once, whether or not ``backward`` follows; the loss must be the end of the graph.
+        workspace: bytes of logits that may be held at once; see ``plan``.
+        batch_invariant: every product has the shape of a full slab (the last one is filled up with
+            zeros), so that a token's log-prob, entropy and dhidden are the same bits whatever
+            other tokens are in the batch. ``workspace`` fixes the slab.
 
     Returns:
-        LossOutput(loss, logp, entropy, metrics).
+        LossOutput(loss, logp, entropy, metrics, ref_logp, kl).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; temperature or softcap <= 0; a loss
-            that returns anything but one value per row or group; a loss that uses a tensor
-            requiring grad from outside ``inputs``; a workspace smaller than one row of logits.
+        ValueError: shapes, dtypes or devices that do not fit; temperature or softcap <= 0; groups
+            that do not cover the rows; a loss that returns anything but one value per row or group;
+            a loss that uses a tensor requiring grad from outside ``inputs``; a workspace smaller
+            than one row of logits.
     """
-    op = "linear_loss"
     inputs = {} if inputs is None else dict(inputs)
     hidden, weight, bias = follow_autocast(hidden, weight, bias)
-    check_head(op, hidden, weight, bias)
-    check_targets(op, targets, hidden.shape[:1], hidden.device)
-    _check_inputs(inputs, hidden, groups)
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(
-                f"{op}: expected normalizer as a number or a 0-d tensor, "
-                f"got shape {tuple(normalizer.shape)}"
-            )
-        normalizer = normalizer.detach()
-    elif normalizer is not None and not normalizer > 0:
-        raise ValueError(f"{op}: expected normalizer > 0, got {normalizer}")
+    check_head(OP, hidden, weight, bias)
+    check_targets(OP, targets, hidden.shape[:1], hidden.device)
+    bounds = None if groups is None else _checked_groups(groups, hidden.shape[0], inputs)
+    _check_inputs(inputs, hidden, None if bounds is None else len(bounds) - 1)
     grad = torch.is_grad_enabled()
     learned = tuple(
         name for name, x in inputs.items() if grad and isinstance(x, Tensor) and x.requires_grad
     )
-    call = _Call(
+    call = Call(
         targets=targets,
-        temperature=temperature_tensor(op, temperature, hidden, targets.shape),
-        softcap=check_softcap(op, softcap),
+        temperature=temperature_tensor(OP, temperature, hidden, targets.shape),
+        softcap=check_softcap(OP, softcap),
         ignore_index=IGNORE_NOTHING if ignore_index is None else ignore_index,
         loss=loss,
         inputs=inputs,
         learned=learned,
-        normalizer=normalizer,
-        groups=groups,
+        normalizer=_checked_normalizer(normalizer),
+        groups=bounds,
+        reference=_checked_reference(
+            hidden, weight, ref_hidden, ref_weight, ref_bias, loss, inputs
+        ),
+        weight_grad=_checked_weight_grad(weight_grad, weight),
         workspace=workspace,
+        batch_invariant=batch_invariant,
         need=(
             grad and hidden.requires_grad,
-            grad and weight.requires_grad,
+            grad and (weight.requires_grad or weight_grad is not None),
             grad and bias is not None and bias.requires_grad,
         ),
         metrics={},
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        loss_value, logp, entropy = _LinearLoss.apply(
+        loss_value, logp, entropy, *others = _LinearLoss.apply(
             call, hidden, weight, bias, *(inputs[name] for name in learned)
         )
-    return LossOutput(loss_value, logp, entropy, call.metrics)
+    return LossOutput(loss_value, logp, entropy, call.metrics, *others)
 
 
-def _check_inputs(inputs: dict[str, Any], hidden: Tensor, groups: Tensor | None) -> None:
-    n = hidden.shape[0]
-    sizes = [n]
-    if groups is not None:
-        if groups.dim() != 1 or groups.numel() < 2 or groups.is_floating_point():
+def _checked_normalizer(normalizer: float | Tensor | None) -> float | Tensor | None:
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
             raise ValueError(
-                "linear_loss: expected groups as integer cu_seqlens of shape [G + 1] with G >= 1, "
+                f"{OP}: expected normalizer as a number or a 0-d tensor, "
+                f"got shape {tuple(normalizer.shape)}"
+            )
+        if normalizer.device.type == "cpu" and not normalizer > 0:
+            raise ValueError(f"{OP}: expected normalizer > 0, got {normalizer.item()}")
+        return normalizer.detach()
+    if normalizer is not None and not normalizer > 0:
+        raise ValueError(f"{OP}: expected normalizer > 0, got {normalizer}")
+    return normalizer
+
+
+def _checked_groups(groups: Tensor | list[int], n: int, inputs: dict[str, Any]) -> list[int]:
+    """cu_seqlens on the host."""
+    if isinstance(groups, Tensor):
+        if groups.dim() != 1 or groups.is_floating_point():
+            raise ValueError(
+                f"{OP}: expected groups as integer cu_seqlens of shape [G + 1], "
                 f"got shape {tuple(groups.shape)}, {groups.dtype}"
             )
-        if "cu_seqlens" in inputs:
-            raise ValueError("linear_loss: expected no input named cu_seqlens beside groups")
-        bounds = groups.tolist()
-        if bounds[0] != 0 or bounds[-1] != n or bounds != sorted(bounds):
-            raise ValueError(
-                f"linear_loss: expected groups to rise from 0 to N = {n}, "
-                f"got {bounds[:3]}..{bounds[-1]}"
-            )
-        sizes.append(groups.numel() - 1)
+        groups = groups.tolist()
+    if len(groups) < 2:
+        raise ValueError(f"{OP}: expected groups [G + 1] with G >= 1, got {len(groups)} bounds")
+    if "cu_seqlens" in inputs:
+        raise ValueError(f"{OP}: expected no input named cu_seqlens beside groups")
+    if groups[0] != 0 or groups[-1] != n or groups != sorted(groups):
+        raise ValueError(
+            f"{OP}: expected groups to rise from 0 to N = {n}, got {groups[:3]}..{groups[-1]}"
+        )
+    return groups
+
+
+def _checked_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    loss: Loss,
+    inputs: dict[str, Any],
+) -> Reference | None:
+    if ref_hidden is None or ref_weight is None:
+        if not (ref_hidden is ref_weight is ref_bias is None):
+            raise ValueError(f"{OP}: expected ref_hidden and ref_weight together, got one of them")
+        return None
+    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
+    ref_bias = None if ref_bias is None else ref_bias.detach()
+    ref_hidden, ref_weight, ref_bias = follow_autocast(ref_hidden, ref_weight, ref_bias)
+    check_head(f"{OP} (reference)", ref_hidden, ref_weight, ref_bias)
+    fits = ref_hidden.shape[0] == hidden.shape[0] and ref_weight.shape[0] == weight.shape[0]
+    if not fits or ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"{OP}: expected ref_hidden [{hidden.shape[0]}, H'] and ref_weight "
+            f"[{weight.shape[0]}, H'] on {hidden.device}, got {tuple(ref_hidden.shape)} and "
+            f"{tuple(ref_weight.shape)} on {ref_hidden.device}"
+        )
+    for name in FROM_REFERENCE:
+        if name in inputs:
+            raise ValueError(f"{OP}: expected no input named {name} beside ref_hidden")
+    if not any(accepted(loss, name) for name in FROM_REFERENCE):
+        raise ValueError(
+            f"{OP}: ref_hidden is given, so expected a loss that takes kl or ref_logp, got {loss}"
+        )
+    return Reference(ref_hidden, ref_weight, ref_bias)
+
+
+def _checked_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> Tensor | None:
+    if weight_grad is None:
+        return None
+    dtype = accumulation_dtype(weight.dtype)
+    if (
+        weight_grad.shape != weight.shape
+        or weight_grad.dtype != dtype
+        or weight_grad.device != weight.device
+        or not weight_grad.is_contiguous()
+        or weight_grad.requires_grad
+    ):
+        raise ValueError(
+            f"{OP}: expected weight_grad as a contiguous {dtype} buffer of shape "
+            f"{tuple(weight.shape)} on {weight.device}, got {weight_grad.dtype}, "
+            f"{tuple(weight_grad.shape)} on {weight_grad.device}"
+        )
+    return weight_grad
+
+
+def _check_inputs(inputs: dict[str, Any], hidden: Tensor, n_groups: int | None) -> None:
+    sizes = [hidden.shape[0]] + ([] if n_groups is None else [n_groups])
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             continue
         if x.device != hidden.device and x.dim() > 0:
-            raise ValueError(
-                f"linear_loss: expected input {name!r} on {hidden.device}, got {x.device}"
-            )
+            raise ValueError(f"{OP}: expected input {name!r} on {hidden.device}, got {x.device}")
         if x.dim() > 0 and x.shape[0] not in sizes:
             raise ValueError(
-                f"linear_loss: expected input {name!r} with leading dimension "
+                f"{OP}: expected input {name!r} with leading dimension "
                 f"{' or '.join(map(str, sizes))}, or 0-d, got shape {tuple(x.shape)}"
             )

@@ -5,20 +5,30 @@ is reused by every slab, so ``workspace`` (bytes) bounds the memory; this file t
 into a slab size and a mode:
 
     forward only   no gradient is asked for: 1 product
-    single pass    the gradient is formed while the slab's logits are at hand: 3 products (2 with a
-    frozen head) two stages     a group of tokens is larger than a slab: log-probs first, logits
-    again for the gradient: 4 keep logits    linear_logprobs, all logits fit in the budget and wait
-        for the backward pass: 3
+    single pass    the gradient is formed while the slab's logits are at hand: 3 products, 2 with a
+                   frozen head
+    two stages     a group of tokens is larger than a slab: log-probs first, logits again for the
+                   gradient: 4 products
+    keep logits    linear_logprobs, all logits fit in the budget and wait for the backward pass: 3
     recompute      linear_logprobs, they do not fit and are computed again in the backward pass: 4
+
+A reference model adds one product wherever logits are computed.
+
+The default budget is 1 GiB, or a sixteenth of the memory of the device where that is less. It does
+not follow the memory that happens to be free: the cut into slabs would change with it, and with the
+cut the last bits of the weight's gradient. Where even that much is not free, linear_loss halves the
+slab until it fits.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
-DEFAULT_WORKSPACE = 1 << 30
+MOST_WORKSPACE = 1 << 30
+SHARE_OF_MEMORY = 16
 # On a CPU a slab of 256 float32 rows already runs the products at full speed, and stays near the
 # caches. Narrow dtypes want one slab: over several, the weight's gradient is summed from widened
 # operands, because CPU products of narrow operands cannot return float32.
@@ -37,14 +47,14 @@ class Plan:
     slabs: int
     """Number of slabs (with groups: at least this many)."""
     gemms: int
-    """Matrix products of tokens x vocabulary x width."""
+    """Matrix products of tokens x vocabulary x width, those of the reference included."""
     flops: int
     """Floating point operations of those products."""
     workspace: int
     """Bytes of logits held at any one time."""
     accumulator: int
     """Bytes of the weight gradient's accumulator beside the gradient itself (0 when it is the
-    gradient)."""
+    gradient, or the caller's own)."""
     why: str
     """The reason for the mode and the slab size."""
 
@@ -67,22 +77,29 @@ def plan(
     hidden_grad: bool = True,
     weight_grad: bool = True,
     longest_group: int | None = None,
+    reference_width: int | None = None,
+    own_accumulator: bool = True,
+    batch_invariant: bool = False,
     workspace: int | None = None,
 ) -> Plan:
     """The plan for ``tokens`` rows that count, ``width`` = H and ``vocab`` = V.
 
     Args:
         op: "linear_loss" or "linear_logprobs".
+        dtype: of hidden states and weight (and of the reference's).
         longest_group: tokens of the longest group, for losses over groups.
-        workspace: bytes of logits that may be held at once; default 1 GiB.
+        reference_width: H of the reference model, where there is one.
+        own_accumulator: False when the weight's gradient is added to a buffer of the caller.
+        batch_invariant: the slab does not shrink to the number of tokens.
+        workspace: bytes of logits that may be held at once; default as above.
 
     Raises:
         ValueError: an unknown op, or a workspace that does not hold one row of logits.
     """
     if op not in ("linear_loss", "linear_logprobs"):
         raise ValueError(f"plan: expected op 'linear_loss' or 'linear_logprobs', got {op!r}")
-    row = vocab * dtype.itemsize
-    budget = DEFAULT_WORKSPACE if workspace is None else workspace
+    row = vocab * dtype.itemsize * (1 if reference_width is None else 2)
+    budget = max(row, default_workspace(device)) if workspace is None else workspace
     if budget < row:
         raise ValueError(
             f"{op}: expected workspace >= {row} bytes (one row of {vocab} logits), got {budget}"
@@ -95,37 +112,64 @@ def plan(
     why = f"{fits} rows of logits fit in the workspace of {budget / 2**20:.1f} MiB"
     if near_caches:
         why = f"{CPU_SLAB} rows keep a CPU busy"
-    slab = max(1, min(slab, tokens))
+    if not batch_invariant:
+        slab = min(slab, tokens)
+    slab = max(1, slab)
     need_grad = hidden_grad or weight_grad
-    gemms = 1 + hidden_grad + weight_grad
+    forward = tokens * vocab * (width + (reference_width or 0)) * 2
+    gemms, flops = 1 if reference_width is None else 2, forward
     held = slab
+    again = False
     if not need_grad:
         mode = "forward only"
     elif op == "linear_logprobs":
         held = tokens if tokens <= fits else slab
-        mode = "keep logits" if tokens <= fits else "recompute"
-        gemms += mode == "recompute"
+        again = tokens > fits
+        mode = "recompute" if again else "keep logits"
     elif longest_group is not None and longest_group > fits:
-        mode = "two stages"
-        gemms += 1
+        mode, again = "two stages", True
         why += f", the longest group has {longest_group}"
     else:
         mode = "single pass"
         if longest_group is not None and longest_group > slab:
             held = slab = longest_group
             why = f"the longest group has {longest_group} tokens"
+    if again:
+        gemms, flops = 2 * gemms, 2 * flops
+    gemms += hidden_grad + weight_grad
+    flops += (hidden_grad + weight_grad) * tokens * vocab * width * 2
     slabs = -(-tokens // slab)
-    accumulator = 0 if own_dtype or not weight_grad or slabs <= 1 else 4 * vocab * width
+    extra = own_accumulator and weight_grad and not own_dtype and slabs > 1
     return Plan(
         mode=mode,
         slab=slab,
         slabs=slabs,
         gemms=gemms,
-        flops=gemms * 2 * tokens * width * vocab,
+        flops=flops,
         workspace=held * row,
-        accumulator=accumulator,
+        accumulator=4 * vocab * width if extra else 0,
         why=why,
     )
+
+
+def _host_memory() -> int:
+    """Bytes of main memory; 0 where the system does not say."""
+    known = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in known or "SC_PAGE_SIZE" not in known:
+        return 0
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+HOST_MEMORY = _host_memory()
+
+
+def default_workspace(device: str | torch.device) -> int:
+    """Bytes of logits that may be held at once when nothing is said."""
+    device = torch.device(device)
+    total = HOST_MEMORY if device.type == "cpu" else 0
+    if device.type == "cuda" and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(device).total_memory
+    return min(MOST_WORKSPACE, total // SHARE_OF_MEMORY) if total > 0 else MOST_WORKSPACE
 
 
 def _round_down(rows: int, multiple: int) -> int:

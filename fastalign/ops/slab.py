@@ -54,15 +54,23 @@ class Rows:
 
 
 class Groups:
-    """Where the groups of ``cu_seqlens`` begin among the kept rows, known to the host (which waits
-    for a CUDA device here)."""
+    """Where groups begin among the kept rows, on the host and on the device of the rows.
 
-    def __init__(self, cu_seqlens: Tensor, rows: Rows) -> None:
-        bounds = cu_seqlens.to(torch.int64)
+    Args:
+        bounds: cu_seqlens over all rows. When rows were dropped, finding the bounds among the rest
+            makes the host wait for a CUDA device once more.
+        device: of the rows.
+    """
+
+    def __init__(self, bounds: list[int], rows: Rows, device: torch.device) -> None:
+        self.tensor = torch.tensor(bounds, dtype=torch.int64)
+        if device.type == "cuda":
+            self.tensor = self.tensor.pin_memory()
+        self.tensor = self.tensor.to(device, non_blocking=True)
+        self.bounds = bounds
         if rows.index is not None:
-            bounds = torch.searchsorted(rows.index, bounds)
-        self.tensor = bounds
-        self.bounds: list[int] = bounds.tolist()
+            self.tensor = torch.searchsorted(rows.index, self.tensor)
+            self.bounds = self.tensor.tolist()
         self.count = len(self.bounds) - 1
         self.longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
 
@@ -97,6 +105,11 @@ def logits_workspace(rows: int, vocab: int, like: Tensor) -> Iterator[Tensor]:
         _kept.buffer = buffer
 
 
+def filled(x: Tensor, rows: int) -> Tensor:
+    """x [C, H] with rows of zeros behind it, up to ``rows``."""
+    return x if len(x) == rows else torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
+
+
 def slab_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out [C, V] = hidden [C, H] @ weight [V, H]^T (+ bias [V])."""
     if bias is None:
@@ -107,7 +120,13 @@ def slab_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 
 class HeadGradients:
     """Collects dH, dW and dbias over the slabs. With one slab each is a single product in its own
-    dtype."""
+    dtype.
+
+    Args:
+        slabs: how many ``add`` will bring.
+        need: whether dH, dW and dbias are wanted.
+        into: accumulation-dtype [V, H] that dW is added to, instead of being returned.
+    """
 
     def __init__(
         self,
@@ -117,31 +136,40 @@ class HeadGradients:
         rows: Rows,
         slabs: int,
         need: tuple[bool, bool, bool],
+        into: Tensor | None = None,
     ) -> None:
         self.weight = weight
         self.rows = rows
+        self.into = into
         wide = accumulation_dtype(weight.dtype)
         self.dhidden = self.dweight = self.dbias = None
         empty = rows.count == 0
         if need[0]:
             make = torch.empty if rows.index is None else torch.zeros
             self.dhidden = make(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        if need[1]:
+        if into is not None:
+            self.dweight = into
+        elif need[1]:
             dtype = wide if slabs > 1 else weight.dtype
             make = torch.zeros if empty else torch.empty
             self.dweight = make(weight.shape, dtype=dtype, device=weight.device)
         if need[2] and bias is not None:
             self.dbias = torch.zeros(bias.shape, dtype=wide, device=bias.device)
         self.bias = bias
-        self.first = True
+        self.first = into is None
 
     def add(self, dz: Tensor, hidden: Tensor, start: int, stop: int) -> None:
-        """dz [C, V] and hidden [C, H] of the kept rows start..stop."""
+        """dz [C, V] and hidden [C, H] of the kept rows start..stop; rows beyond them are zero."""
         if self.dhidden is not None:
-            if self.rows.index is None:
+            own = len(dz) == stop - start
+            if self.rows.index is None and own:
                 torch.mm(dz, self.weight, out=self.dhidden[start:stop])
             else:
-                self.dhidden.index_copy_(0, self.rows.index[start:stop], dz @ self.weight)
+                part = torch.mm(dz, self.weight)[: stop - start]
+                if self.rows.index is None:
+                    self.dhidden[start:stop] = part
+                else:
+                    self.dhidden.index_copy_(0, self.rows.index[start:stop], part)
         if self.dweight is not None:
             self._add_weight(dz, hidden)
         if self.dbias is not None:
@@ -168,7 +196,7 @@ class HeadGradients:
                 torch.addmm(rows, part.to(out.dtype).t(), wide, beta=beta, out=rows)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        dweight, dbias = self.dweight, self.dbias
+        dweight, dbias = None if self.into is not None else self.dweight, self.dbias
         if dweight is not None:
             dweight = dweight.to(self.weight.dtype)
         if dbias is not None and self.bias is not None:

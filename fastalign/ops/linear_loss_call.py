@@ -1,0 +1,203 @@
+"""Calling the loss that linear_loss was given: on the rows or groups of one slab, with its inputs
+cut to them, and with its derivatives.
+
+Everything here is work on vectors of one number per token; the slabs of logits are the business of
+fastalign/ops/linear_loss_walk.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.slab import Groups, Rows
+
+Loss = Callable[..., Tensor]
+Range = tuple[int, int]
+
+FROM_REFERENCE = ("ref_logp", "kl")
+
+
+def accepted(loss: Loss, name: str) -> bool:
+    """Whether ``loss`` takes an input of this name: by its ``required`` and ``optional`` where it
+    has them, as the objects of fastalign.losses do, else by its signature."""
+    if hasattr(loss, "required"):
+        return name in (*loss.required, *getattr(loss, "optional", ()))
+    parameters = inspect.signature(loss).parameters
+    return name in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """dloss/d(logp, entropy, kl) of the rows of a slab, [C] each, already over the normalizer;
+    None: not used."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+
+    def rows(self, start: int, stop: int) -> Derivatives:
+        entropy = None if self.entropy is None else self.entropy[start:stop]
+        kl = None if self.kl is None else self.kl[start:stop]
+        return Derivatives(self.logp[start:stop], entropy, kl)
+
+
+class LossCall:
+    """The loss, its inputs, and what it gave so far.
+
+    Args:
+        loss: the callable.
+        inputs: all of them, uncut.
+        learned: names of the inputs that require grad.
+        rows, groups: the rows that count, and their groups (None: a loss per token).
+        normalizer: None: the number of rows, or of groups.
+        want_grad: whether any derivative will be used.
+        like: a tensor of the dtype and on the device of the loss.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        inputs: dict[str, Any],
+        learned: tuple[str, ...],
+        rows: Rows,
+        groups: Groups | None,
+        normalizer: float | Tensor | None,
+        want_grad: bool,
+        like: Tensor,
+    ) -> None:
+        self.loss, self.inputs, self.names = loss, inputs, learned
+        self.rows, self.groups, self.want_grad = rows, groups, want_grad
+        count = rows.count if groups is None else groups.count
+        self.normalizer = max(count, 1) if normalizer is None else normalizer
+        self.total = torch.zeros((), dtype=like.dtype, device=like.device)
+        self.learned = {name: torch.zeros_like(inputs[name]) for name in learned}
+        self.statistics: dict[str, Tensor] = {}
+
+    def __call__(self, start: int, stop: int, unit: Range, stats: dict[str, Tensor]) -> Derivatives:
+        """Adds the loss of the kept rows start..stop to ``total``; returns its derivatives.
+
+        Args:
+            unit: the same rows, or the range of groups that they make up.
+            stats: "logp", "entropy" and what else is known of each row, [C] detached.
+        """
+        cut = {name: self._cut(x, start, stop, unit) for name, x in self.inputs.items()}
+        if self.groups is not None:
+            first, last = unit
+            cut["cu_seqlens"] = self.groups.tensor[first : last + 1] - self.groups.tensor[first]
+        logp, entropy = stats["logp"].clone(), stats["entropy"].clone()
+        leaves = [logp, entropy]
+        if "kl" in stats:
+            kl = stats["kl"].clone()
+            leaves.append(kl)
+            known = {"kl": kl, "ref_logp": stats["ref_logp"]}
+            cut |= {name: x for name, x in known.items() if accepted(self.loss, name)}
+        n_stats = len(leaves)
+        leaves += [cut[name] for name in self.names]
+        with torch.set_grad_enabled(self.want_grad):
+            if self.want_grad:
+                for leaf in leaves:
+                    leaf.requires_grad_()
+            values = self.loss(logp, entropy, **cut)
+        self._check(values, (stop - start,) if self.groups is None else (unit[1] - unit[0],))
+        self.total += values.detach().sum(dtype=self.total.dtype) / self.normalizer
+        self._collect_statistics(logp, entropy, cut)
+        if not self.want_grad or not values.requires_grad:
+            return Derivatives(torch.zeros_like(logp), None, None)
+        _check_closed(values, leaves)
+        seed = torch.ones_like(values) / self.normalizer
+        grads = torch.autograd.grad(values, leaves, seed, allow_unused=True)
+        for name, grad in zip(self.names, grads[n_stats:], strict=True):
+            if grad is not None:
+                self._accumulate(name, grad, start, stop, unit)
+        g = torch.zeros_like(logp) if grads[0] is None else grads[0]
+        return Derivatives(g, grads[1], grads[2] if n_stats > 2 else None)
+
+    def _check(self, values: Any, expected: tuple[int]) -> None:
+        if isinstance(values, Tensor) and values.shape == expected:
+            return
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        per = "token" if self.groups is None else "group"
+        raise ValueError(
+            f"linear_loss: expected loss to return one value per {per}, shape {expected}, got {got}"
+        )
+
+    def _collect_statistics(self, logp: Tensor, entropy: Tensor, cut: dict[str, Any]) -> None:
+        """Sums of the loss object's own ``statistics``, where it has some."""
+        statistics = getattr(self.loss, "statistics", None)
+        if statistics is None:
+            return
+        with torch.no_grad():
+            for name, values in statistics(logp.detach(), entropy.detach(), **cut).items():
+                self.statistics[name] = self.statistics.get(name, 0.0) + values.sum()
+
+    def _cut(self, x: Any, start: int, stop: int, unit: Range) -> Any:
+        """The part of one input that belongs to a slab, with a gradient history of its own."""
+        if not isinstance(x, Tensor):
+            return x
+        if x.dim() == 0:
+            return x.detach().clone() if x.requires_grad else x
+        if x.shape[0] == self.rows.total:
+            return self.rows.take(x.detach(), start, stop)
+        return x.detach()[unit[0] : unit[1]]
+
+    def _accumulate(self, name: str, grad: Tensor, start: int, stop: int, unit: Range) -> None:
+        out = self.learned[name]
+        if out.dim() == 0:
+            out += grad
+        elif out.shape[0] != self.rows.total:
+            out[unit[0] : unit[1]] = grad
+        elif self.rows.index is None:
+            out[start:stop] = grad
+        else:
+            out.index_copy_(0, self.rows.index[start:stop], grad)
+
+
+def _check_closed(values: Tensor, leaves: list[Tensor]) -> None:
+    """ValueError when the loss reaches a tensor that requires grad by any way but its arguments."""
+    known = {id(leaf) for leaf in leaves}
+    stack, seen = [values.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            raise ValueError(
+                "linear_loss: the loss uses a tensor that requires grad and is not among inputs, "
+                f"shape {tuple(variable.shape)}; expected it in inputs: its gradient would be lost"
+            )
+        stack.extend(next_node for next_node, _ in node.next_functions)
+
+
+def means(
+    stats: dict[str, Tensor], sums: dict[str, Tensor], inputs: dict[str, Any], rows: Rows
+) -> dict[str, Tensor]:
+    """The metrics of a LossOutput: means over the kept rows, computed without waiting."""
+    logp, count = stats["logp"], max(rows.count, 1)
+    metrics = {name: total / count for name, total in sums.items()}
+    metrics["entropy"] = stats["entropy"].sum() / count
+    # The target is the likeliest token when nothing is left of its distance from the maximum.
+    metrics["top1"] = (logp == -stats["log_sum"]).to(logp.dtype).sum() / count
+    others = {
+        name: rows.take(x.detach(), 0, rows.count).to(logp.dtype)
+        for name, x in inputs.items()
+        if name in ("ref_logp", "old_logp") and isinstance(x, Tensor) and x.shape == (rows.total,)
+    }
+    if "kl" in stats:
+        metrics["kl"] = stats["kl"].sum() / count
+        others["ref_logp"] = stats["ref_logp"]
+    for name, other in others.items():
+        gap = other - logp
+        kind = name.removesuffix("_logp")
+        metrics[f"{kind}_k1"] = -gap.sum() / count
+        metrics[f"{kind}_k3"] = (torch.expm1(gap) - gap).sum() / count
+    return metrics
