@@ -127,7 +127,7 @@ class Walk:
                     self.ref_work = stack.enter_context(logits_workspace(tallest, vocab, like))
                 return
             except torch.OutOfMemoryError:
-                if budget is not None or self.plan.slab == 1:
+                if self.call.workspace is not None or self.plan.slab == 1:
                     raise
                 stack.close()
                 budget = max(self.plan.workspace // 2, self.plan.workspace // self.plan.slab)
