@@ -28,8 +28,8 @@ class QuickstartConfig:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, ..."""
     model: str = "scratch:1m"
-    """scratch:1m, 3m, 10m, 25m or 100m."""
-    steps: int = 30
+    """scratch:1m, 2m, 3m, 10m, 25m or 100m."""
+    steps: int = 16
     """Rounds of APA."""
 
 
@@ -87,7 +87,8 @@ def run(config: QuickstartConfig) -> Path:
             samples_per_prompt=6,
             epochs=2,
             batch_tokens=8192,
-            lambda_=0.3,
+            lambda_=0.2,
+            lam=1.0,
             lr=4e-4,
             schedule="cosine",
             eval_limit=128,
