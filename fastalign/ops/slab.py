@@ -91,7 +91,8 @@ def logits_workspace(rows: int, vocab: int, like: Tensor) -> Iterator[Tensor]:
     On a CPU each thread keeps its last workspace of up to KEPT_BYTES: fresh memory comes page by
     page from the operating system, which costs a tenth of the product that fills it.
     """
-    if like.device.type != "cpu":
+    # Fake tensors and other subclasses make workspaces of their own kind, not to be kept.
+    if like.device.type != "cpu" or type(like) not in (Tensor, torch.nn.Parameter):
         yield like.new_empty(rows, vocab)
         return
     need = rows * vocab * like.element_size()
