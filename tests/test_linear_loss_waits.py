@@ -45,7 +45,7 @@ def run(options: dict[str, Any], ignore_index: int | None) -> Tensor:
     targets = torch.empty(N, dtype=torch.int64)
     loss = options["loss"]
     inputs = {"advantages": torch.empty(N), "old_logp": torch.empty(N)} if loss is per_token else {}
-    more = dict(ref_hidden=hidden, ref_weight=weight) if loss is with_kl else {}
+    more: dict[str, Any] = dict(ref_hidden=hidden, ref_weight=weight) if loss is with_kl else {}
     return linear_loss(
         hidden, weight, targets, inputs=inputs, ignore_index=ignore_index, **options, **more
     ).loss
@@ -87,7 +87,9 @@ def test_gpu_forward_and_backward_in_a_graph(reference: bool) -> None:
     )
     ref_hidden = torch.randn(n, width, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(vocab, (n,), device="cuda")
-    more = dict(ref_hidden=ref_hidden, ref_weight=weight.detach()) if reference else {}
+    more: dict[str, Any] = (
+        dict(ref_hidden=ref_hidden, ref_weight=weight.detach()) if reference else {}
+    )
     loss = with_kl if reference else (lambda logp, entropy: -logp - 0.1 * entropy)
 
     def step() -> list[Tensor]:
