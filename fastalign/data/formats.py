@@ -66,8 +66,8 @@ class Completion:
 class LoadReport:
     """What became of the records of one source; ``str()`` gives one readable line.
 
-    ``dropped`` and ``truncated`` map a reason to a count, ``examples`` a reason to the first record
-    it applied to ("file.jsonl:17").
+    ``dropped``, ``truncated`` and ``noted`` (kept, but worth a look) map a reason to a count,
+    ``examples`` a reason to the first record it applied to ("file.jsonl:17").
     """
 
     source: str
@@ -75,6 +75,7 @@ class LoadReport:
     dropped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str, source: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -84,10 +85,15 @@ class LoadReport:
         self.truncated[reason] = self.truncated.get(reason, 0) + 1
         self.examples.setdefault(reason, source)
 
+    def note(self, reason: str, source: str) -> None:
+        self.noted[reason] = self.noted.get(reason, 0) + 1
+        self.examples.setdefault(reason, source)
+
     def __str__(self) -> str:
         total = self.kept + sum(self.dropped.values())
         parts = [f"{self.source}: kept {self.kept:,} of {total:,}"]
-        for word, counts in (("dropped", self.dropped), ("truncated", self.truncated)):
+        for word in ("dropped", "truncated", "noted"):
+            counts: dict[str, int] = getattr(self, word)
             if counts:
                 reasons = ", ".join(
                     f"{reason}: {count:,}, first at {self.examples[reason]}"

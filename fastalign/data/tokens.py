@@ -7,6 +7,11 @@ to the first. Prompt and completion are tokenized apart, as they are when a mode
 
 Every completion ends in exactly one EOS, unless it was cut to fit: then it has none, because the
 text did not end there, and the report counts it.
+
+Special tokens come from the tokenizer and the chat template only. Their strings within a record
+("<|endoftext|>" typed by a user) are ordinary text, in plain records and in messages alike:
+``spelling`` writes them out, and the report notes such records. The EOS strings that close a
+response are no text: they go, and its one EOS takes their place.
 """
 
 from __future__ import annotations
@@ -17,9 +22,12 @@ from typing import TYPE_CHECKING
 
 from fastalign.data.files import DataError
 from fastalign.data.formats import Completion, LoadReport, Message, Preference, Prompt, Text
+from fastalign.data.spelling import Spelling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Rendered = tuple[list[int], list[int]]
 
 EQUAL_AFTER_CUT = "chosen equals rejected after truncation"
 
@@ -69,8 +77,9 @@ def tokenize_preferences(
         ValueError: lengths that leave no room.
     """
     limit = _prompt_limit(max_length, max_prompt_length)
-    chosen = _render([(r.prompt, r.chosen, r.source) for r in records], tokenizer)
-    rejected = _render([(r.prompt, r.rejected, r.source) for r in records], tokenizer)
+    spelling = Spelling(tokenizer)
+    chosen = _render([(r.prompt, r.chosen, r.source) for r in records], spelling)
+    rejected = _render([(r.prompt, r.rejected, r.source) for r in records], spelling)
     kept = []
     for record, (prompt, good), (_, bad) in zip(records, chosen, rejected, strict=True):
         if not _prompt_fits(prompt, limit, record.source, report):
@@ -80,6 +89,8 @@ def tokenize_preferences(
         if pair.chosen == pair.rejected:
             report.drop(EQUAL_AFTER_CUT, record.source)
             continue
+        responses = (spelling.without_eos(text) for text in (record.chosen, record.rejected))
+        spelling.note(report, record.source, record.prompt, *responses)
         _count_cut(good, room, "chosen", max_length, record.source, report)
         _count_cut(bad, room, "rejected", max_length, record.source, report)
         kept.append(pair)
@@ -96,11 +107,14 @@ def tokenize_completions(
 ) -> list[TokenizedCompletion]:
     """Tokenizes responses; arguments and errors are those of ``tokenize_preferences``."""
     limit = _prompt_limit(max_length, max_prompt_length)
-    rendered = _render([(r.prompt, r.completion, r.source) for r in records], tokenizer)
+    spelling = Spelling(tokenizer)
+    rendered = _render([(r.prompt, r.completion, r.source) for r in records], spelling)
     kept = []
     for record, (prompt, completion) in zip(records, rendered, strict=True):
         if _prompt_fits(prompt, limit, record.source, report):
             room = max_length - len(prompt)
+            response = spelling.without_eos(record.completion)
+            spelling.note(report, record.source, record.prompt, response)
             _count_cut(completion, room, "completion", max_length, record.source, report)
             kept.append(TokenizedCompletion(prompt, completion[:room], record.reward))
     return _finish(kept, report)
@@ -114,12 +128,15 @@ def tokenize_prompts(
     max_prompt_length: int,
 ) -> list[TokenizedPrompt]:
     """Tokenizes prompts; errors are those of ``tokenize_preferences``."""
-    texts = [_prompt_text(record.prompt, tokenizer, record.source) for record in records]
+    spelling = Spelling(tokenizer)
+    texts = [_prompt_text(record.prompt, spelling, record.source) for record in records]
     plain = [isinstance(record.prompt, str) for record in records]
     kept = []
-    for record, text, ids in zip(records, texts, _prompt_ids(texts, plain, tokenizer), strict=True):
+    for record, text, ids in zip(records, texts, _prompt_ids(texts, plain, spelling), strict=True):
         if _prompt_fits(ids, max_prompt_length, record.source, report):
-            kept.append(TokenizedPrompt(ids, text))
+            spelling.note(report, record.source, record.prompt)
+            written = text if isinstance(record.prompt, str) else spelling.unmarked(text)
+            kept.append(TokenizedPrompt(ids, written))
     return _finish(kept, report)
 
 
@@ -133,22 +150,22 @@ def _prompt_limit(max_length: int, max_prompt_length: int | None) -> int:
     return limit
 
 
-def _render(
-    records: list[tuple[Text, Text, str]], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[int]]]:
+def _render(records: list[tuple[Text, Text, str]], spelling: Spelling) -> list[Rendered]:
     """(prompt, response, source) -> (prompt ids, response ids with one EOS at the end)."""
+    tokenizer = spelling.tokenizer
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise DataError("the tokenizer has no EOS token, so a model could not learn to stop")
     prompts, responses = [], []
     for prompt, response, source in records:
-        text = _prompt_text(prompt, tokenizer, source)
+        text = _prompt_text(prompt, spelling, source)
         prompts.append(text)
+        response = spelling.without_eos(response)
         if isinstance(prompt, str) and isinstance(response, str):
             responses.append(response)
             continue
         assert isinstance(prompt, list) and isinstance(response, list)
-        whole = _apply(prompt + response, tokenizer, source, generate=False)
+        whole = _apply(prompt + response, spelling, source, generate=False)
         if not whole.startswith(text):
             raise DataError(
                 f"{source}: the tokenizer's chat template renders the prompt differently when the "
@@ -156,53 +173,50 @@ def _render(
             )
         responses.append(whole[len(text) :])
     plain = [isinstance(prompt, str) for prompt, _, _ in records]
-    prompt_ids = _prompt_ids(prompts, plain, tokenizer)
-    response_ids = _encode(responses, tokenizer, special=False)
+    prompt_ids = _prompt_ids(prompts, plain, spelling)
+    response_ids = _encode(responses, plain, spelling, special=False)
     return [
         (prompt, _ended(response, eos, tokenizer))
         for prompt, response in zip(prompt_ids, response_ids, strict=True)
     ]
 
 
-def _prompt_text(prompt: Text, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
-    return prompt if isinstance(prompt, str) else _apply(prompt, tokenizer, source, generate=True)
+def _prompt_text(prompt: Text, spelling: Spelling, source: str) -> str:
+    """A plain prompt as it is, a conversation rendered, with marks for what is to be spelled."""
+    return prompt if isinstance(prompt, str) else _apply(prompt, spelling, source, generate=True)
 
 
-def _apply(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, source: str, *, generate: bool
-) -> str:
+def _apply(messages: list[Message], spelling: Spelling, source: str, *, generate: bool) -> str:
+    tokenizer = spelling.tokenizer
     if tokenizer.chat_template is None:
         raise DataError(
             f"{source}: the data are conversations, but the tokenizer has no chat template; "
             "use a chat model's tokenizer, or plain-text data"
         )
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
+    marked = [{key: spelling.marked(value) for key, value in m.items()} for m in messages]
+    text = tokenizer.apply_chat_template(marked, add_generation_prompt=generate, tokenize=False)
     assert isinstance(text, str)
     return text
 
 
-def _prompt_ids(
-    texts: list[str], plain: list[bool], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
+def _prompt_ids(texts: list[str], plain: list[bool], spelling: Spelling) -> list[list[int]]:
     """A plain prompt takes the tokenizer's BOS; a rendered one already has the template's."""
-    with_special = _encode([t for t, p in zip(texts, plain, strict=True) if p], tokenizer, True)
-    without = _encode([t for t, p in zip(texts, plain, strict=True) if not p], tokenizer, False)
-    both = {True: iter(with_special), False: iter(without)}
-    ids = [next(both[p]) for p in plain]
+    ids = _encode(texts, plain, spelling, special=True)
     for prompt, is_plain in zip(ids, plain, strict=True):
         # Some tokenizers close every text with EOS; a prompt is not at its end.
-        while is_plain and prompt and prompt[-1] == tokenizer.eos_token_id:
+        while is_plain and prompt and prompt[-1] == spelling.tokenizer.eos_token_id:
             prompt.pop()
     return ids
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    # The length warning of the tokenizer is about its model's limit; ours are checked here.
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+def _encode(
+    texts: list[str], plain: list[bool], spelling: Spelling, *, special: bool
+) -> list[list[int]]:
+    """Ids of each; ``special`` gives plain texts the tokenizer's BOS (and EOS)."""
+    as_written = spelling.plain([t for t, p in zip(texts, plain, strict=True) if p], special)
+    rendered = spelling.rendered([t for t, p in zip(texts, plain, strict=True) if not p])
+    both = {True: iter(as_written), False: iter(rendered)}
+    return [next(both[p]) for p in plain]
 
 
 def _ended(ids: list[int], eos: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
