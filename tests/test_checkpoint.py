@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,46 @@ def test_a_crash_while_writing_leaves_the_old_ones(tmp_path, monkeypatch, file):
             checkpoint.save(tmp_path, made(6), keep=1)
     assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000005"]
     assert checkpoint.load(tmp_path / "step-000005").tensors["policy.count"] == 5
+
+
+def test_a_checkpoint_written_anew_replaces_its_elder_at_no_moment_to_none(tmp_path, monkeypatch):
+    """A crash between the two renames: the elder lies aside, is not listed, and comes back."""
+    checkpoint.save(tmp_path, made(10, 1.0), keep=1)
+    plain = Path.rename
+
+    def crash(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return plain(self, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", crash)
+        with pytest.raises(OSError, match="Input/output error"):
+            checkpoint.save(tmp_path, made(10, 2.0), keep=1)
+    assert names(tmp_path) == [".step-000010.old", ".step-000010.partial"]
+    assert checkpoint.found(tmp_path) == []
+    found, damaged = checkpoint.newest_intact(tmp_path)
+    assert (found.step, damaged) == (10, []) and found.tensors["policy.weight"][0, 0] == 1.0
+    checkpoint.save(tmp_path, made(11, 3.0), keep=2)  # what else was left goes with the next one
+    assert names(tmp_path) == ["step-000010", "step-000011"]
+    assert checkpoint.load(tmp_path / "step-000010").tensors["policy.weight"][0, 0] == 1.0
+
+
+def test_an_elder_that_was_not_deleted_goes_at_the_next_save(tmp_path, monkeypatch):
+    """A crash after the renames: the new one has the name, the elder is a leftover."""
+    checkpoint.save(tmp_path, made(10, 1.0), keep=2)
+
+    def crash(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("shutil.rmtree", crash)
+        with pytest.raises(OSError, match="Input/output error"):
+            checkpoint.save(tmp_path, made(10, 2.0), keep=2)
+    assert names(tmp_path) == [".step-000010.old", "step-000010"]
+    checkpoint.save(tmp_path, made(12, 3.0), keep=2)
+    assert names(tmp_path) == ["step-000010", "step-000012"]
+    assert checkpoint.load(tmp_path / "step-000010").tensors["policy.weight"][0, 0] == 2.0
 
 
 def cut(path):
@@ -169,3 +210,20 @@ def test_every_random_state_comes_back(tmp_path):
     assert draw() != expected
     checkpoint.set_random_state(checkpoint.load(path).state)
     assert draw() == expected
+
+
+@pytest.mark.parametrize("here", [1, 2, 4])
+def test_random_states_of_more_or_fewer_gpus(monkeypatch, here):
+    """A run of two GPUs goes on with one, two or four: as many states as there are GPUs for."""
+    state = checkpoint.random_state() | {"cuda": [torch.tensor([1]), torch.tensor([2])]}
+    given: dict[int, int] = {}
+
+    def set_one(new_state, device):
+        assert device < here
+        given[device] = int(new_state)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_one)
+    checkpoint.set_random_state(state)
+    assert given == {0: 1} if here == 1 else given == {0: 1, 1: 2}

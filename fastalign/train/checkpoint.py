@@ -3,7 +3,8 @@
 A checkpoint is a folder `step-000120` holding `weights.safetensors`, `state.pt` and a
 `manifest.json` with the size and SHA-256 of both. It is written under a temporary name, synced, and
 renamed last, so a folder of the final name is complete; the manifest catches what a disk does to it
-afterwards.
+afterwards. One that is written anew first moves its elder aside, to `.step-000120.old`, which comes
+back if the process dies before the new one has the name.
 """
 
 from __future__ import annotations
@@ -63,9 +64,11 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    put_back(folder)
+    for left in sorted(folder.glob(".step-*.partial")):
+        shutil.rmtree(left)
     final = folder / f"step-{checkpoint.step:06d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, aside = folder / f".{final.name}.partial", folder / f".{final.name}.old"
     partial.mkdir()
     # Tied weights share memory, which safetensors refuses: each name gets its own copy.
     tensors = {
@@ -82,14 +85,26 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _sync(partial / name)
     _sync(partial)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(aside)
     partial.rename(final)
     _sync(folder)
+    if aside.exists():
+        shutil.rmtree(aside)
     paths = found(folder)
     here = paths.index(final)
     for path in paths[: max(0, here + 1 - keep)] + paths[here + 1 :]:
         shutil.rmtree(path)
     return final
+
+
+def put_back(folder: Path) -> None:
+    """Ends what a dead process left half done: of a checkpoint and its elder one has the name."""
+    for aside in sorted(folder.glob(".step-*.old")):
+        final = folder / aside.name.removeprefix(".").removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(final)
 
 
 def found(folder: Path) -> list[Path]:
@@ -139,10 +154,13 @@ def check_there(resume: str, folder: Path) -> None:
     Raises:
         CheckpointError: `resume` is "auto" and `folder` holds no checkpoint, or it is no folder.
     """
-    if resume == "auto" and not found(folder):
+    if resume != "auto":
+        if not Path(resume).is_dir():
+            raise CheckpointError(f"nothing to resume: no checkpoint at {resume}")
+        return
+    put_back(folder)
+    if not found(folder):
         raise CheckpointError(f"nothing to resume: no checkpoint in {folder}")
-    if resume != "auto" and not Path(resume).is_dir():
-        raise CheckpointError(f"nothing to resume: no checkpoint at {resume}")
 
 
 def newest_intact(folder: Path) -> tuple[Checkpoint, list[str]]:
@@ -173,4 +191,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # One state a GPU; a run may go on with fewer of them, or with more.
+        for i, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(one, i)
