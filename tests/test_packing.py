@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from fastalign.data.packing import IGNORE_INDEX, pack, token_budget_batches
+from fastalign.data.packing import IGNORE_INDEX, epochs_of_batches, pack, token_budget_batches
 
 
 def test_hand_worked_pack():
@@ -16,7 +16,9 @@ def test_hand_worked_pack():
     assert packed.max_seqlen == 4
     # [5, 6] is a prompt: 6 predicts 7, the first token after it. No token predicts 9 or 1.
     assert packed.targets.tolist() == [-100, 7, 8, -100, -100, 2, 3, -100]
-    assert packed.n_sequences == 3
+    assert packed.kept.tolist() == [1, 2, 5, 6]
+    assert packed.response_targets.tolist() == [7, 8, 2, 3]
+    assert packed.lengths == (4, 1, 3) and packed.n_sequences == 3
     assert packed.last_index.tolist() == [3, 4, 7]
 
 
@@ -31,7 +33,7 @@ def test_types():
     assert packed.position_ids.dtype == torch.int64
     assert packed.targets.dtype == torch.int64
     assert packed.cu_seqlens.dtype == torch.int32
-    assert packed.last_index.dtype == torch.int64
+    assert packed.last_index.dtype == packed.kept.dtype == torch.int64
     moved = pack([[1, 2]], [1]).to("meta")
     assert {t.device.type for t in vars(moved).values() if isinstance(t, torch.Tensor)} == {"meta"}
 
@@ -40,8 +42,8 @@ def test_no_sequences():
     packed = pack([], [])
     assert packed.input_ids.shape == packed.targets.shape == packed.position_ids.shape == (0,)
     assert packed.cu_seqlens.tolist() == [0]
-    assert packed.max_seqlen == packed.n_sequences == 0
-    assert packed.last_index.shape == (0,)
+    assert packed.max_seqlen == packed.n_sequences == 0 and packed.lengths == ()
+    assert packed.last_index.shape == packed.kept.shape == packed.response_targets.shape == (0,)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -67,6 +69,8 @@ def test_pack_equals_its_sequences(seed):
         assert alone.targets.equal(packed.targets[part])
     assert int((packed.targets != IGNORE_INDEX).sum()) == predicted
     assert bounds[-1] == packed.input_ids.numel() == sum(map(len, sequences))
+    assert packed.lengths == tuple(map(len, sequences)) and packed.max_seqlen == max(packed.lengths)
+    assert packed.kept.equal((packed.targets != IGNORE_INDEX).nonzero()[:, 0])
     assert packed.input_ids[packed.last_index].tolist() == [s[-1] for s in sequences]
 
 
@@ -124,6 +128,16 @@ def test_full_batches():
     found = token_budget_batches(LENGTHS, 1000, generator=torch.Generator().manual_seed(0))
     least = -(-sum(LENGTHS) // 1000)
     assert least <= len(found) <= least + 2
+
+
+def test_epochs_have_their_own_orders():
+    batches = epochs_of_batches(LENGTHS, 3, 1000, seed=4)
+    one = epochs_of_batches(LENGTHS, 1, 1000, seed=4)
+    assert one == batches[: len(one)]  # another number of epochs leaves the first as it was
+    first, second = batches[: len(one)], batches[len(one) : 2 * len(one)]
+    assert sorted(i for b in batches for i in b) == sorted(3 * list(range(len(LENGTHS))))
+    assert first != second and one != epochs_of_batches(LENGTHS, 1, 1000, seed=5)
+    assert all(sum(LENGTHS[i] for i in b) <= 1000 for b in batches)
 
 
 def test_bad_batches():

@@ -70,7 +70,7 @@ def test_recorded_logprobs_are_those_of_the_policy(policy, tokenizer, defaults, 
     assert policy.model.generation_config.to_dict() == kept
     packed = pack([r.prompt + r.completion for r in rollouts], [len(r.prompt) for r in rollouts])
     with torch.no_grad():
-        trainer = policy.logprobs(packed, temperature=temperature)[0][packed.targets >= 0]
+        trainer = policy.logprobs(packed, temperature=temperature)[0]
     eager = recomputed(policy, rollouts, temperature)
     truth = recomputed(policy, rollouts, temperature, torch.float64)
     assert_no_worse(recorded(rollouts), eager, truth, torch.float32)
@@ -92,6 +92,22 @@ def test_samples_follow_the_distribution(policy, tokenizer):
     counts = torch.tensor([float(seen[i]) for i in range(VOCAB)])
     statistic = ((counts - expected) ** 2 / expected).sum()
     assert statistic < 39 + 5 * (2 * 39) ** 0.5  # 39 degrees of freedom, five deviations
+
+
+def test_every_token_of_a_larger_vocabulary_can_be_drawn(tokenizer):
+    """`generate` keeps the 50 likeliest unless told otherwise; here 400 are all but equal."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=400,
+    )
+    policy = Policy(LlamaForCausalLM(config))
+    sampling = SamplingConfig(max_new_tokens=1, batch_size=4000)
+    rollouts = TransformersEngine(policy, tokenizer).generate([PROMPTS[0]], 4000, sampling)
+    assert len({r.completion[0] for r in rollouts}) > 380
 
 
 def make_eos_likely(policy, shift):

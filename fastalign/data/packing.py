@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastalign.streams import stream
+
 IGNORE_INDEX = -100
 
 
@@ -17,6 +19,9 @@ class Packed:
 
     Token t of a sequence predicts token t + 1 of the same sequence: where the loss counts,
     ``targets[t] = input_ids[t + 1]``; elsewhere, and on every last token, -100.
+
+    What decides the shape of later tensors (``lengths``, ``kept``, ``max_seqlen``) is found once,
+    on the CPU: read from a CUDA tensor it would make the host wait at every use.
     """
 
     input_ids: Tensor
@@ -29,19 +34,27 @@ class Packed:
     """length of the longest sequence, tokens"""
     targets: Tensor
     """int64 [N], the next token where the loss counts, -100 elsewhere"""
+    kept: Tensor
+    """int64 [M], the places where it counts, rising"""
+    lengths: tuple[int, ...]
+    """S lengths, tokens"""
 
     def to(self, device: torch.device | str) -> Packed:
+        """The tensors on another device; towards CUDA without waiting for it."""
+        tensors = ("input_ids", "position_ids", "cu_seqlens", "targets", "kept")
+        ahead = torch.device(device).type == "cuda"
         return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            targets=self.targets.to(device),
+            self, **{name: getattr(self, name).to(device, non_blocking=ahead) for name in tensors}
         )
 
     @property
     def n_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
+
+    @property
+    def response_targets(self) -> Tensor:
+        """int64 [M]: the targets that count."""
+        return self.targets.index_select(0, self.kept)
 
     @property
     def last_index(self) -> Tensor:
@@ -96,8 +109,15 @@ def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | Non
         following >= prompts.repeat_interleave(lengths)
     )
     targets[~counts] = IGNORE_INDEX
-    longest = int(lengths.max()) if sequences else 0
-    return Packed(input_ids, position_ids, cu_seqlens, longest, targets)
+    return Packed(
+        input_ids,
+        position_ids,
+        cu_seqlens,
+        max(lengths.tolist(), default=0),
+        targets,
+        counts.nonzero()[:, 0],
+        tuple(lengths.tolist()),
+    )
 
 
 def token_budget_batches(
@@ -136,3 +156,17 @@ def token_budget_batches(
         batches[-1].append(i)
         tokens += lengths[i]
     return batches
+
+
+def epochs_of_batches(
+    lengths: Sequence[int], epochs: int, budget: int, seed: int
+) -> list[list[int]]:
+    """The batches of all epochs in a row, each epoch in the order of its own random stream.
+
+    Args and errors are those of ``token_budget_batches``.
+    """
+    return [
+        batch
+        for epoch in range(epochs)
+        for batch in token_budget_batches(lengths, budget, generator=stream(seed, "order", epoch))
+    ]

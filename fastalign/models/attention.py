@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,14 +67,14 @@ def packed_attention(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    segment_lengths: list[int] | None = None,
+    segment_lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered with `transformers` under the name `fastalign_packed`.
 
     Args:
         query, key, value: [1, heads, N, d] (fewer key/value heads than query heads are allowed).
-        cu_seq_lens_q: int32 [S + 1]; segment_lengths: the same as a list of S lengths.
+        cu_seq_lens_q: int32 [S + 1]; segment_lengths: the same as S lengths on the host.
 
     Returns:
         ([1, N, heads, d], None).
@@ -105,7 +105,8 @@ def packed_attention(
         _announce("torch varlen_attn (FlashAttention)")
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, causal), None
     _announce(f"SDPA segment by segment ({query.device.type}, {query.dtype})")
-    segments = zip(*(t.split(segment_lengths, dim=2) for t in (query, key, value)), strict=True)
+    lengths = list(segment_lengths)
+    segments = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
     grouped = key.shape[1] != query.shape[1]
     out = [
         F.scaled_dot_product_attention(
@@ -170,9 +171,9 @@ def register() -> None:
 
 
 def packed_hidden(backbone: nn.Module, packed: Any) -> Tensor:
-    """Last hidden states [N, H] of a `fastalign.data.packing.Packed`: one forward, no padding."""
+    """Last hidden states [N, H] of a `fastalign.data.packing.Packed`: one forward, no padding, and
+    no wait for the device."""
     cu = packed.cu_seqlens
-    lengths = cu.diff().tolist()
     out = backbone(
         input_ids=packed.input_ids.unsqueeze(0),
         position_ids=packed.position_ids.unsqueeze(0),
@@ -181,6 +182,6 @@ def packed_hidden(backbone: nn.Module, packed: Any) -> Tensor:
         cu_seq_lens_k=cu,
         max_length_q=packed.max_seqlen,
         max_length_k=packed.max_seqlen,
-        segment_lengths=lengths,
+        segment_lengths=packed.lengths,
     )
     return out.last_hidden_state.squeeze(0)

@@ -118,22 +118,25 @@ class Policy(nn.Module):
             raise ValueError("Policy.values: this policy was made without a value head")
         return self.value_head(hidden)
 
+    def response_hidden(self, packed: Any) -> Tensor:
+        """Hidden states [M, H] at the M positions whose next token counts (`packed.kept`)."""
+        return self.hidden(packed).index_select(0, packed.kept)
+
     def logprobs(
         self, packed: Any, *, temperature: float = 1.0, return_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropies) of `packed.targets`, fp32 [N]; 0 where a target is ignored."""
-        hidden = self.hidden(packed)
-        weight = self.head_weight.to(hidden.dtype)
+        """Log-probs (and entropies), fp32 [M], of the M targets of a pack that count, in order."""
+        hidden = self.response_hidden(packed)
+        weight, targets = self.head_weight.to(hidden.dtype), packed.response_targets
         options: dict[str, Any] = {
             "bias": self.head_bias,
             "temperature": temperature,
             "softcap": self.softcap,
+            "ignore_index": None,  # nothing to drop is left
         }
         if return_entropy:
-            return ops.linear_logprobs(
-                hidden, weight, packed.targets, return_entropy=True, **options
-            )
-        return ops.linear_logprobs(hidden, weight, packed.targets, **options), None
+            return ops.linear_logprobs(hidden, weight, targets, return_entropy=True, **options)
+        return ops.linear_logprobs(hidden, weight, targets, **options), None
 
     @torch.no_grad()
     def _check_head(self) -> None:

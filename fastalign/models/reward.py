@@ -20,9 +20,9 @@ from fastalign import ops
 from fastalign.errors import UserError
 from fastalign.models.attention import NAME, check_packed, packed_hidden, register
 from fastalign.models.pretrained import context, load_model, make_model
-from fastalign.ops.reward_heads import reduce_scores
+from fastalign.ops.reward_heads import STATISTICS, reduce_scores
+from fastalign.streams import stream
 
-STATISTICS = ("mean", "min", "lcb", "uwo", "median")
 CONFIG_FILE = "reward_ensemble.json"
 HEADS_FILE = "heads.safetensors"
 
@@ -37,7 +37,7 @@ class EnsembleConfig:
     coef: float = 1.0
     """c of lcb and uwo; std and variance over the heads are the unbiased ones (ddof = 1)."""
     head_seed: int = 0
-    """Head k starts from the random stream head_seed + k."""
+    """Head k starts from `stream(head_seed, "head", k)` of fastalign.streams."""
     head_init: float = 1.0
     """Each weight of a head starts as normal with standard deviation head_init / sqrt(width)."""
 
@@ -83,7 +83,7 @@ class RewardEnsemble(nn.Module):
         width = encoder.config.hidden_size
         rows = []
         for k in range(config.n_heads):
-            generator = torch.Generator().manual_seed(config.head_seed + k)
+            generator = stream(config.head_seed, "head", k)
             rows.append(torch.randn(width, generator=generator) * config.head_init * width**-0.5)
         self.weight = nn.Parameter(torch.stack(rows))
         self.bias = nn.Parameter(torch.zeros(config.n_heads))

@@ -1,9 +1,10 @@
 """Before against after: the sentence, the table and the checks, computed once for both outputs.
 
-A change d = after - before has the standard error sqrt(se_before^2 + se_after^2), as if the two
-samples were independent (the same prompts on both sides make the true error smaller, so this errs
-on the careful side). A change counts as real when |d| > 1.96 of it. The effect size is d over the
-standard deviation of the SFT model's rewards, which does not depend on the reward's unit.
+A change d = after - before has the standard error of the differences prompt by prompt, recorded as
+``change_stderr``: both sides answer the same prompts. Where it was not recorded it is
+sqrt(se_before^2 + se_after^2), as if they were different ones, which errs on the careful side. A
+change counts as real when |d| > 1.96 of it. The effect size is d over the standard deviation of the
+SFT model's rewards, which does not depend on the reward's unit.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Row:
     before_se: float | None
     after_se: float | None
     before_std: float | None
+    paired_se: float | None
+    """Of the change, from the differences prompt by prompt."""
 
     @property
     def change(self) -> float | None:
@@ -48,6 +51,8 @@ class Row:
 
     @property
     def change_se(self) -> float | None:
+        if self.paired_se is not None:
+            return self.paired_se
         if self.before_se is None or self.after_se is None:
             return None
         return math.hypot(self.before_se, self.after_se)
@@ -136,6 +141,7 @@ def comparison_rows(evaluation: dict[str, Any]) -> list[Row]:
                 before_se=_stderr(evaluation, "before", key),
                 after_se=_stderr(evaluation, "after", key),
                 before_std=_value(evaluation, "before", f"{key}_std"),
+                paired_se=_paired(evaluation, key),
             )
         )
     return rows
@@ -313,11 +319,21 @@ def _value(evaluation: dict[str, Any], side: str, key: str) -> float | None:
     return _number(evaluation[side].get(key))
 
 
+def _paired(evaluation: dict[str, Any], key: str) -> float | None:
+    recorded = evaluation.get("change_stderr")
+    return _number(recorded.get(key)) if isinstance(recorded, dict) else None
+
+
 def _stderr(evaluation: dict[str, Any], side: str, key: str) -> float | None:
-    """The recorded standard error, else std / sqrt(n), else for a fraction sqrt(p (1 - p) / n)."""
+    """The recorded standard error, else std / sqrt(n), else for a fraction sqrt(p (1 - p) / n).
+
+    None for a single prompt: its responses say nothing of other prompts.
+    """
     recorded = _value(evaluation, side, f"{key}_stderr")
     if recorded is not None:
         return recorded
+    if _number(evaluation.get("n_prompts")) == 1:
+        return None
     n, std = _value(evaluation, side, "n"), _value(evaluation, side, f"{key}_std")
     if not n:
         return None

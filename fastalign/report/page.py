@@ -162,7 +162,7 @@ def _cards(run: Run) -> str:
     cards.append(("Last step", last_step(run), ""))
     speed, memory = run.finite("tokens_per_s")[1], run.finite("memory_gib")[1]
     if speed.size:
-        cards.append(("Throughput", f"{np.median(speed):,.0f}", "tokens / s, median"))
+        cards.append(("Throughput", f"{np.median(speed):,.0f}", "tokens / s, each once; median"))
     if memory.size:
         cards.append(("Peak memory", f"{number(float(memory.max()), 0.1)} GiB", ""))
     total = _seconds(run).get("total")

@@ -169,7 +169,7 @@ def time_per_phase(run: Run) -> Plot:
             draw_stack(axes[0], run, phases)
             axes[0].set_title("Time of a step")
         if speed:
-            draw_lines(axes[-1], run, speed, "tokens / s, all tokens processed")
+            draw_lines(axes[-1], run, speed, "tokens / s, each counted once")
             axes[-1].set_ylim(bottom=0)
             axes[-1].set_title("Throughput")
         return figure

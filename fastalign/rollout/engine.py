@@ -41,7 +41,7 @@ class Rollout:
 
 
 class Engine(Protocol):
-    """Anything that samples."""
+    """Anything that samples from a policy: what a `Collector` needs of it."""
 
     def generate(
         self, prompts: list[list[int]], n_samples: int, sampling: SamplingConfig

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from fastalign import losses, ops
 from fastalign.data import source
-from fastalign.data.packing import token_budget_batches
+from fastalign.data.packing import Packed, token_budget_batches
 from fastalign.data.tokens import TokenizedPrompt, tokenize_prompts
 from fastalign.models import Policy, RewardEnsemble, load_tokenizer
-from fastalign.models.reward import STATISTICS, EnsembleConfig, check_same_tokenizer
-from fastalign.rollout import SamplingConfig
+from fastalign.models.reward import EnsembleConfig, check_same_tokenizer
+from fastalign.ops.reward_heads import STATISTICS
+from fastalign.rollout import SamplingConfig, TransformersEngine
+from fastalign.streams import stream
 from fastalign.train import experience
 from fastalign.train.evaluate import (
     Evaluation,
@@ -148,12 +150,17 @@ def learn_from(
     advantages, returns = ops.gae(
         rewards, values, gamma=config.gamma, lam=config.lam, cu_seqlens=found.cu_seqlens
     )
-    spread = advantages.std().item()
-    explained = 1 - (returns - values).var().item() / max(returns.var().item(), 1e-12)
+    metrics = {}
+    if values.numel() > 1:  # a single token has no variance
+        unexplained = (returns - values).var().item() / max(returns.var().item(), 1e-12)
+        metrics = {
+            "advantage/std": advantages.std().item(),
+            "value/explained_variance": 1 - unexplained,
+        }
     if config.whiten:
         advantages = ops.whiten(advantages)
     tokens = {"advantages": advantages, "ref_logp": found.ref_logp, "returns": returns}
-    return tokens, {"advantage/std": spread, "value/explained_variance": explained}
+    return tokens, metrics
 
 
 @torch.no_grad()
@@ -166,14 +173,42 @@ def _values(policy: Policy, found: Experience, config: APAConfig) -> Tensor:
     for batch in token_budget_batches(lengths, config.micro_tokens):
         pack_ = experience.packed([found.rollouts[i] for i in batch]).to(device)
         with autocast(device, config.dtype):
-            hidden = policy.hidden(pack_)[pack_.targets >= 0]
-            values = policy.values(hidden).cpu()
+            values = policy.values(policy.response_hidden(pack_)).cpu()
         for i, row in zip(
             batch, values.split([len(found.rollouts[i].completion) for i in batch]), strict=True
         ):
             rows[i] = row
-    policy.train()
     return torch.cat(rows)
+
+
+def backward(
+    policy: Policy, pack_: Packed, inputs: dict[str, Tensor], n_tokens: int, config: APAConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adds the gradients of L_APA + vf_coef * L_V of one pack, as parts of means over `n_tokens`.
+
+    Returns:
+        fp32 [3], this pack's part of policy loss, value loss and entropy; and the tensors to look
+        at where a loss is not finite. Nothing in here makes the host wait for the device.
+    """
+    with autocast(policy.head_weight.device, config.dtype):
+        hidden = policy.response_hidden(pack_)
+        values = policy.values(hidden)
+        out = ops.linear_loss(
+            hidden,
+            policy.head_weight.to(hidden.dtype),
+            pack_.response_targets,
+            losses.APA(lambda_=config.lambda_),
+            {"advantages": inputs["advantages"], "ref_logp": inputs["ref_logp"]},
+            bias=policy.head_bias,
+            softcap=policy.softcap,
+            temperature=config.sampling.temperature,
+            ignore_index=None,
+            normalizer=n_tokens,
+        )
+    critic = losses.ValueLoss()(values, inputs["returns"]).sum() / n_tokens
+    (out.loss + config.vf_coef * critic).backward()
+    parts = torch.stack([out.loss.detach(), critic.detach(), out.entropy.sum() / n_tokens])
+    return parts, {**inputs, "hidden states": hidden, "logp": out.logp, "values": values}
 
 
 def update(
@@ -187,47 +222,30 @@ def update(
 ) -> dict[str, float]:
     """A few epochs over one round's experience; the means of the losses."""
     device = policy.head_weight.device
-    policy_loss, value_loss = losses.APA(lambda_=config.lambda_), losses.ValueLoss()
+    tokens = {name: t.to(device) for name, t in tokens.items()}
+    # Dropout stays off: log pi must be that of the policy which sampled and of pi_init's twin.
+    policy.eval()
     lengths = [len(r.prompt) + len(r.completion) for r in found.rollouts]
     sums: dict[str, float] = {}
     n_updates = 0
     for epoch in range(config.epochs):
-        order = torch.Generator().manual_seed((config.seed * 100_003 + step) * 101 + epoch)
+        order = stream(config.seed, "update", step, epoch)
         for batch in token_budget_batches(lengths, config.batch_tokens, generator=order):
             n_tokens = sum(len(found.rollouts[i].completion) for i in batch)
-            parts = torch.zeros(3, device=device)  # policy loss, value loss, entropy
+            total = torch.zeros(3, device=device)
             for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
                 chosen = [batch[i] for i in micro]
                 pack_ = experience.packed([found.rollouts[i] for i in chosen]).to(device)
-                kept = pack_.targets >= 0
-                rows = torch.cat(
-                    [torch.arange(found.rows(i).start, found.rows(i).stop) for i in chosen]
-                )
-                inputs = {name: t[rows].to(device) for name, t in tokens.items()}
-                with autocast(device, config.dtype):
-                    hidden = policy.hidden(pack_)[kept]
-                    values = policy.values(hidden)
-                    out = ops.linear_loss(
-                        hidden,
-                        policy.head_weight.to(hidden.dtype),
-                        pack_.targets[kept],
-                        policy_loss,
-                        {"advantages": inputs["advantages"], "ref_logp": inputs["ref_logp"]},
-                        bias=policy.head_bias,
-                        softcap=policy.softcap,
-                        temperature=config.sampling.temperature,
-                        normalizer=n_tokens,
-                    )
-                critic = value_loss(values, inputs["returns"]).sum() / n_tokens
-                (out.loss + config.vf_coef * critic).backward()
-                parts += torch.stack(
-                    [out.loss.detach(), critic.detach(), out.entropy.sum() / n_tokens]
-                )
-            loss = parts[0] + config.vf_coef * parts[1]
-            seen = {**inputs, "hidden states": hidden, "logp": out.logp, "values": values}
+                inputs = {
+                    name: torch.cat([t[found.rows(i)] for i in chosen])
+                    for name, t in tokens.items()
+                }
+                parts, seen = backward(policy, pack_, inputs, n_tokens, config)
+                total += parts
+            loss = total[0] + config.vf_coef * total[1]
             numbers = optimizer.update(run, step, loss, seen)
             numbers |= dict(
-                zip(("loss/policy", "loss/value", "entropy"), parts.tolist(), strict=True)
+                zip(("loss/policy", "loss/value", "entropy"), total.tolist(), strict=True)
             )
             numbers["loss"] = float(loss)
             for name, value in numbers.items():
@@ -283,7 +301,6 @@ def train(config: APAConfig) -> Path:
         )
     policy = Policy.load(config.policy, tokenizer, value_head=True).to(device)
     reference = policy.frozen_copy().to(device)
-    policy.train()
     context = min(policy.max_length, ensemble.max_length)
     context = min(context, judge.max_length) if judge is not None else context
     room = context - config.sampling.max_new_tokens
@@ -295,7 +312,7 @@ def train(config: APAConfig) -> Path:
     prompts, held_out = load_prompts(config, tokenizer, room)
     gold = source.gold_for(config.prompts)
     collector = Collector(
-        policy,
+        TransformersEngine(policy, tokenizer),
         reference,
         ensemble,
         tokenizer,
@@ -306,7 +323,8 @@ def train(config: APAConfig) -> Path:
     )
 
     def judged() -> Evaluation:
-        torch.manual_seed(config.seed + 1)  # before and after draw from the same stream
+        # Before and after draw from the same stream.
+        torch.manual_seed(stream(config.seed, "evaluation").initial_seed())
         return evaluate(
             collector,
             policy,
@@ -349,8 +367,11 @@ def train(config: APAConfig) -> Path:
             metrics |= {
                 "time/update": ended - updating,
                 "tokens": found.tokens,
-                # generated, scored, looked up in pi_init, valued, and trained on `epochs` times
-                "tokens_per_s": found.tokens * (4 + config.epochs) / (ended - began),
+                # Of prompts and responses, each counted once, as other methods count theirs ...
+                "tokens_per_s": found.tokens / (ended - began),
+                # ... and as often as a model reads them: generated, scored, looked up in pi_init,
+                # valued, and trained on `epochs` times.
+                "tokens_per_s/all_passes": found.tokens * (4 + config.epochs) / (ended - began),
                 "memory_gib": peak_memory_gib(device),
             }
             run.log(step, "train", metrics)
@@ -375,10 +396,10 @@ def train(config: APAConfig) -> Path:
 
 def choose_prompts(n_prompts: int, config: APAConfig, step: int) -> list[int]:
     """The prompts of a step: one shuffled pass over all of them after another."""
-    chosen = []
+    chosen: list[int] = []
     first = (step - 1) * config.prompts_per_step
-    for position in range(first, first + config.prompts_per_step):
-        epoch, place = divmod(position, n_prompts)
-        order = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-        chosen.append(int(torch.randperm(n_prompts, generator=order)[place]))
+    while len(chosen) < config.prompts_per_step:
+        epoch, place = divmod(first + len(chosen), n_prompts)
+        order = torch.randperm(n_prompts, generator=stream(config.seed, "prompts", epoch))
+        chosen += order[place : place + config.prompts_per_step - len(chosen)].tolist()
     return chosen

@@ -1,12 +1,13 @@
 """What a policy is worth on held-out prompts: reward, KL to pi_init, entropy, length; with errors.
 
 The standard error of a mean is taken over prompts (the samples of a prompt are averaged first),
-because the prompts, not the samples, are what was drawn independently.
+because the prompts, not the samples, are what was drawn independently. Before and after answer the
+same prompts, so the standard error of a change is that of the differences prompt by prompt,
+std(after_i - before_i) / sqrt(n): how hard each prompt is cancels. One prompt has no error.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -18,20 +19,24 @@ from torch import Tensor
 
 from fastalign import ops
 from fastalign.models import Policy, RewardEnsemble
-from fastalign.train.experience import Collector, Experience
+from fastalign.train import strict_json
+from fastalign.train.experience import Collector, Experience, spread
 
 
 @dataclass(frozen=True)
 class Evaluation:
     numbers: dict[str, float]
+    """Means over all responses, "..._std" over them, "..._stderr" over prompts."""
+    by_prompt: dict[str, list[float]]
+    """Mean over the responses to each prompt, of the measures that have a standard error."""
     samples: list[dict[str, Any]]
     """The first response to each of the first prompts: prompt, response, its rewards."""
 
 
-def _mean_and_error(values: Tensor, n_samples: int) -> tuple[float, float]:
-    by_prompt = values.double().reshape(-1, n_samples).mean(1)
-    error = by_prompt.std().item() / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else float("nan")
-    return by_prompt.mean().item(), error
+def standard_error(by_prompt: Tensor) -> float | None:
+    """Of the mean of one number per prompt; None where there is but one prompt."""
+    n = by_prompt.numel()
+    return by_prompt.std().item() / n**0.5 if n > 1 else None
 
 
 def evaluate(
@@ -57,21 +62,28 @@ def evaluate(
         "reward/proxy": found.proxy,
         "kl/k1": found.per_response(ops.kl_estimate(logp, found.ref_logp, kind="k1").double()),
         "kl/k3": found.per_response(ops.kl_estimate(logp, found.ref_logp, kind="k3").double()),
+        "length": found.cu_seqlens.diff(),
+        "finished": torch.tensor([r.finished for r in found.rollouts]),
     }
     if found.gold is not None:
         columns["reward/gold"] = found.gold
     if judge is not None:
         held_out = judge.reduce(collector.scores(found.rollouts, judge))
         columns["reward/held_out"] = held_out
-        numbers["reward/held_out_std"] = held_out.std().item()
+        numbers |= spread("reward/held_out", held_out)
+    by_prompt = {}
     for name, values in columns.items():
-        numbers[name], numbers[f"{name}_stderr"] = _mean_and_error(values, n_samples)
+        means = values.double().reshape(-1, n_samples).mean(1)
+        numbers[name], error = means.mean().item(), standard_error(means)
+        if error is not None:
+            numbers[f"{name}_stderr"] = error
+        by_prompt[name] = means.tolist()
     numbers["entropy"] = entropy.mean().item()
     # How far the sampler's log-probs are from the trainer's for the same tokens: rounding, or a
     # fault.
     numbers["sampling_gap"] = (logp - found.logp).abs().mean().item()
     numbers["n"] = len(found.rollouts)
-    return Evaluation(numbers, _samples(found, texts, n_samples, collector))
+    return Evaluation(numbers, by_prompt, _samples(found, texts, n_samples, collector))
 
 
 N_SAMPLES_SHOWN = 12
@@ -113,11 +125,28 @@ class Evaluations:
         self.before = Evaluation(**state["before"]) if state["before"] else None
         self.after = Evaluation(**state["after"]) if state["after"] else None
 
-    def write(self, folder: Path, facts: dict[str, Any]) -> None:
-        """evaluation.json (numbers before and after, and `facts` on the run) and samples.jsonl."""
+    def change_stderr(self) -> dict[str, float]:
+        """Standard errors of after - before, from the differences prompt by prompt."""
         assert self.before is not None and self.after is not None
-        comparison = {"before": self.before.numbers, "after": self.after.numbers, **facts}
-        (folder / "evaluation.json").write_text(json.dumps(comparison, indent=2) + "\n")
+        errors = {}
+        for name, was in self.before.by_prompt.items():
+            became = torch.tensor(self.after.by_prompt[name], dtype=torch.float64)
+            error = standard_error(became - torch.tensor(was, dtype=torch.float64))
+            if error is not None:
+                errors[name] = error
+        return errors
+
+    def write(self, folder: Path, facts: dict[str, Any]) -> None:
+        """evaluation.json (numbers before and after, standard errors of the changes, and `facts` on
+        the run) and samples.jsonl."""
+        assert self.before is not None and self.after is not None
+        comparison = {
+            "before": self.before.numbers,
+            "after": self.after.numbers,
+            "change_stderr": self.change_stderr(),
+            **facts,
+        }
+        (folder / "evaluation.json").write_text(strict_json.dumps(comparison, indent=2) + "\n")
         with (folder / "samples.jsonl").open("w") as file:
             for was, became in zip(self.before.samples, self.after.samples, strict=True):
                 record = {
@@ -127,7 +156,7 @@ class Evaluations:
                     "before_reward": was["reward"],
                     "after_reward": became["reward"],
                 }
-                file.write(json.dumps(record) + "\n")
+                file.write(strict_json.dumps(record) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastalign import ops
 from fastalign.data.packing import Packed, pack, token_budget_batches
 from fastalign.models import Policy, RewardEnsemble
-from fastalign.rollout import Rollout, SamplingConfig, TransformersEngine
+from fastalign.rollout import Engine, Rollout, SamplingConfig
 from fastalign.train.run import autocast
 
 Gold = Callable[[str, str], float]
@@ -53,20 +53,25 @@ class Experience:
         lengths = self.cu_seqlens.diff().double()
         found = {
             "reward/proxy": self.proxy.mean().item(),
-            "reward/proxy_std": self.proxy.std().item(),
             "kl/k1": k1.mean().item(),
             "kl/k3": k3.mean().item(),
             "length": lengths.mean().item(),
             "finished": sum(r.finished for r in self.rollouts) / len(self.rollouts),
         }
+        found |= spread("reward/proxy", self.proxy)
         if self.scores.shape[1] > 1:
             found["reward/disagreement"] = self.scores.std(1).mean().item()
         for k, mean in enumerate(self.scores.mean(0).tolist()):
             found[f"reward/head_{k}"] = mean
         if self.gold is not None:
             found["reward/gold"] = self.gold.mean().item()
-            found["reward/gold_std"] = self.gold.std().item()
+            found |= spread("reward/gold", self.gold)
         return found
+
+
+def spread(name: str, values: Tensor) -> dict[str, float]:
+    """`{name}_std`, the standard deviation over responses; nothing where there is but one."""
+    return {f"{name}_std": values.std().item()} if values.numel() > 1 else {}
 
 
 def packed(rollouts: list[Rollout]) -> Packed:
@@ -78,10 +83,10 @@ class Collector:
     """Samples, scores and looks up what the frozen reference thinks.
 
     Args:
-        policy: samples.
+        engine: samples from the policy.
         reference: pi_init, frozen.
         ensemble: the reward, frozen.
-        tokenizer: ends responses, and makes text of them for the gold reward.
+        tokenizer: makes text of responses, for the gold reward and for people.
         sampling: how to draw.
         micro_tokens: tokens of one forward pass.
         dtype: of the forward passes, as in the configuration.
@@ -90,7 +95,7 @@ class Collector:
 
     def __init__(
         self,
-        policy: Policy,
+        engine: Engine,
         reference: Policy,
         ensemble: RewardEnsemble,
         tokenizer: Any,
@@ -99,14 +104,9 @@ class Collector:
         dtype: str,
         gold: Gold | None,
     ) -> None:
-        self.reference, self.ensemble, self.tokenizer = reference, ensemble, tokenizer
-        self.sampling, self.micro_tokens, self.dtype, self.gold = (
-            sampling,
-            micro_tokens,
-            dtype,
-            gold,
-        )
-        self.engine = TransformersEngine(policy, tokenizer)
+        self.engine, self.reference, self.ensemble = engine, reference, ensemble
+        self.tokenizer, self.sampling, self.gold = tokenizer, sampling, gold
+        self.micro_tokens, self.dtype = micro_tokens, dtype
 
     def text(self, completion: list[int]) -> str:
         return self.tokenizer.decode(completion, skip_special_tokens=True)
@@ -177,10 +177,9 @@ class Collector:
                 logp, h = policy.logprobs(
                     pack_, temperature=self.sampling.temperature, return_entropy=entropy
                 )
-            kept = pack_.targets >= 0
             rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
-            found[0, rows] = logp[kept].cpu()
+            found[0, rows] = logp.cpu()
             if h is not None:
-                found[1, rows] = h[kept].cpu()
+                found[1, rows] = h.cpu()
         policy.train(was_training)
         return found[0], found[1] if entropy else None

@@ -88,7 +88,14 @@ class Optimizer:
                 return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
             return 1.0 - 0.9 * done if config.schedule == "linear" else 1.0
 
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, factor)
+        self.factor = factor
+        self.peaks = [float(group["lr"]) for group in self.groups]
+        self.done = 0  # steps of the schedule that are behind
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        for group, peak in zip(self.groups, self.peaks, strict=True):
+            group["lr"] = peak * self.factor(self.done)
 
     def update(
         self, run: Run, step: int, loss: Tensor, inputs: dict[str, Tensor]
@@ -113,28 +120,27 @@ class Optimizer:
                 f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g}; first seen in "
                 f"{culprit}. Stopped before the update; {run.last_checkpoint()}"
             )
-        lr = float(self.schedule.get_last_lr()[0])
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        return {"lr": lr, "grad_norm": float(norm)}
+        return {"lr": float(self.groups[0]["lr"]), "grad_norm": float(norm)}
 
     def next_step(self) -> None:
         """Moves the learning rate on; a step of policy training holds several updates."""
-        self.schedule.step()
+        self.done += 1
+        self._set_rates()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"adam": self.adam.state_dict(), "schedule": self.schedule.last_epoch}
+        return {"adam": self.adam.state_dict(), "schedule": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Moments and step of a checkpoint; rates and decay are the configuration's, which a
         resumed run may have changed."""
-        own = [{k: g[k] for k in ("initial_lr", "weight_decay", "betas")} for g in self.groups]
+        own = [{k: group[k] for k in ("weight_decay", "betas")} for group in self.groups]
         self.adam.load_state_dict(state["adam"])
-        self.schedule.last_epoch = state["schedule"]
-        factors = self.schedule.lr_lambdas
-        for group, kept, factor in zip(self.groups, own, factors, strict=True):
-            group.update(kept, lr=kept["initial_lr"] * factor(self.schedule.last_epoch))
-        self.schedule._last_lr = [group["lr"] for group in self.groups]
+        for group, kept in zip(self.groups, own, strict=True):
+            group.update(kept)
+        self.done = state["schedule"]
+        self._set_rates()
 
     @property
     def groups(self) -> list[dict[str, Any]]:

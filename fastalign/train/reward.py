@@ -21,10 +21,11 @@ from torch import Tensor
 
 from fastalign import ops
 from fastalign.data import source
-from fastalign.data.packing import Packed, pack, token_budget_batches
+from fastalign.data.packing import Packed, epochs_of_batches, pack, token_budget_batches
 from fastalign.data.tokens import TokenizedPreference, tokenize_preferences
 from fastalign.models import RewardEnsemble, load_tokenizer
 from fastalign.models.reward import EnsembleConfig
+from fastalign.streams import stream
 from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.run import (
     Run,
@@ -117,10 +118,28 @@ def bootstrap_weights(n_pairs: int, heads: int, seed: int) -> Tensor:
     """int64 [n_pairs, heads]: how often each head's draw with replacement holds each pair."""
     weights = torch.zeros(n_pairs, heads, dtype=torch.int64)
     for k in range(heads):
-        generator = torch.Generator().manual_seed(seed * 1000 + k)
-        drawn = torch.randint(n_pairs, (n_pairs,), generator=generator)
+        drawn = torch.randint(n_pairs, (n_pairs,), generator=stream(seed, "bootstrap", k))
         weights[:, k] = torch.bincount(drawn, minlength=n_pairs)
     return weights
+
+
+def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, totals: Tensor) -> Tensor:
+    """The part of a batch's loss that some of its pairs carry; the parts add up to the whole.
+
+        1/K sum_k  sum_b weights[b, k] l[b, k] / totals[k]
+                 = 1/K sum_k  (weighted mean over these pairs)_k * sum_b weights[b, k] / totals[k]
+
+    Args:
+        chosen, rejected: fp32 [b, K], scores of these pairs.
+        weights: int64 [b, K], how often each pair counts for each head.
+        totals: int64 [K], the sum of the weights over the whole batch.
+    """
+    shares = weights.sum(0) / totals.clamp(min=1)
+    means = [
+        ops.bradley_terry_loss(*(t[:, k : k + 1] for t in (chosen, rejected)), head_mask=one)
+        for k, one in enumerate(weights.split(1, dim=1))
+    ]
+    return (torch.stack(means) * shares).mean()
 
 
 @torch.no_grad()
@@ -191,7 +210,7 @@ def train(config: RewardConfig) -> Path:
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     pairs, held_out = load_data(config, tokenizer)
     heads = EnsembleConfig(
-        config.heads, config.statistic, config.coef, config.seed * 1000, config.head_init
+        config.heads, config.statistic, config.coef, config.seed, config.head_init
     )
     ensemble = RewardEnsemble.create(
         config.model, tokenizer, heads, max_length=config.max_length
@@ -201,10 +220,7 @@ def train(config: RewardConfig) -> Path:
     ensemble.train()
 
     lengths = [pair_length(p) for p in pairs]
-    schedule: list[list[int]] = []
-    for epoch in range(config.epochs):
-        order = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-        schedule += token_budget_batches(lengths, config.batch_tokens, generator=order)
+    schedule = epochs_of_batches(lengths, config.epochs, config.batch_tokens, config.seed)
     weights = torch.ones(len(pairs), config.heads, dtype=torch.int64)
     if config.bootstrap == "resample" and config.heads > 1:
         weights = bootstrap_weights(len(pairs), config.heads, config.seed)
@@ -215,20 +231,19 @@ def train(config: RewardConfig) -> Path:
         for step in range(start + 1, len(schedule) + 1):
             began = time.perf_counter()
             batch = schedule[step - 1]
-            total, right = torch.zeros((), device=device), 0.0
+            totals = weights[batch].sum(0)
+            total, right = torch.zeros(2, device=device).unbind()
             for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
                 rows = [batch[i] for i in micro]
                 with autocast(device, config.dtype):
                     scores = ensemble(packed([pairs[i] for i in rows]).to(device))
                 chosen, rejected = scores.chunk(2)
-                loss = ops.bradley_terry_loss(
-                    chosen, rejected, head_mask=weights[rows].to(device)
-                ) * (len(rows) / len(batch))
+                loss = pair_loss(chosen, rejected, *(t.to(device) for t in (weights[rows], totals)))
                 loss.backward()
                 total += loss.detach()
                 wins = ensemble.reduce(chosen.detach()) > ensemble.reduce(rejected.detach())
-                right += float(wins.sum())
-            metrics = {"loss": float(total), "accuracy": right / len(batch)}
+                right += wins.sum()
+            metrics = {"loss": float(total), "accuracy": float(right) / len(batch)}
             metrics |= optimizer.update(run, step, total, {"scores": scores})
             optimizer.next_step()
             tokens = sum(lengths[i] for i in batch)

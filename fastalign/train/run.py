@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import random
 import shutil
 import signal
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import UserError
-from fastalign.train import checkpoint
+from fastalign.train import checkpoint, strict_json
 
 log = logging.getLogger("fastalign")
 
@@ -135,6 +136,7 @@ class Run:
         self._interrupts = 0
         self._shown: dict[str, float] = {}
         self._last_line = 0.0
+        self._not_finite: set[str] = set()
 
     # --- the loop's side -------------------------------------------------------------------------
 
@@ -177,10 +179,15 @@ class Run:
         partial.replace(path)
 
     def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
-        """Writes one line of metrics.jsonl and refreshes the screen."""
+        """Writes one line of metrics.jsonl (null for what is not finite) and refreshes the
+        screen."""
+        for key, value in metrics.items():
+            if not math.isfinite(value) and key not in self._not_finite:
+                self._not_finite.add(key)
+                log.warning("step %d: %s is %s; metrics.jsonl has null for it", step, key, value)
         record = {"step": step, "phase": phase, "time": time.time(), **metrics}
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(strict_json.dumps(record) + "\n")
         if phase == "train":
             self._show(step, metrics)
 

@@ -16,7 +16,7 @@ import torch
 
 from fastalign import losses, ops
 from fastalign.data import source
-from fastalign.data.packing import Packed, pack, token_budget_batches
+from fastalign.data.packing import Packed, epochs_of_batches, pack, token_budget_batches
 from fastalign.data.tokenizer import train_tokenizer
 from fastalign.data.tokens import TokenizedCompletion, tokenize_completions
 from fastalign.models import Policy, load_tokenizer
@@ -101,7 +101,7 @@ def evaluate(
         with autocast(device, config.dtype):
             logp, _ = policy.logprobs(pack_)
         total -= float(logp.sum())
-        count += int((pack_.targets >= 0).sum())
+        count += logp.numel()
     policy.train()
     return {"loss": total / count, "perplexity": math.exp(min(total / count, 50.0))}
 
@@ -146,11 +146,7 @@ def train(config: SFTConfig) -> Path:
     policy.train()
 
     lengths = [len(e.prompt) + len(e.completion) for e in examples]
-    schedule: list[list[int]] = []
-    for epoch in range(config.epochs):
-        order = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-        schedule += token_budget_batches(lengths, config.batch_tokens, generator=order)
-
+    schedule = epochs_of_batches(lengths, config.epochs, config.batch_tokens, config.seed)
     optimizer = Optimizer(config, policy, len(schedule))
     loss_fn = losses.MLE()
     with Run(config, "sft", len(schedule)) as run:
@@ -166,15 +162,16 @@ def train(config: SFTConfig) -> Path:
             for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
                 pack_ = packed([examples[batch[i]] for i in micro]).to(device)
                 with autocast(device, config.dtype):
-                    hidden = policy.hidden(pack_)
+                    hidden = policy.response_hidden(pack_)
                     out = ops.linear_loss(
                         hidden,
                         policy.head_weight.to(hidden.dtype),
-                        pack_.targets,
+                        pack_.response_targets,
                         loss_fn,
                         {},
                         bias=policy.head_bias,
                         softcap=policy.softcap,
+                        ignore_index=None,
                         normalizer=n_targets,
                     )
                 out.loss.backward()
