@@ -17,6 +17,7 @@ setup(
             extra_compile_args=[
                 "-O3",
                 "-std=c++17",
+                f"-ffile-prefix-map={Path.cwd()}/=",  # errors name csrc/FILE
                 "-DPy_LIMITED_API=0x030A0000",
                 "-DTORCH_TARGET_VERSION=0x020A000000000000",
             ],

@@ -86,6 +86,7 @@ FASTALIGN_INLINE Lanes mask_tail(Lanes x, int64_t n) {
   return lane < (int32_t)n ? x : broadcast(-std::numeric_limits<float>::infinity());
 }
 
+// b where either is NaN.
 FASTALIGN_INLINE Lanes max_lanes(Lanes a, Lanes b) { return a > b ? a : b; }
 
 FASTALIGN_INLINE float sum_of(Lanes x) {
@@ -117,6 +118,21 @@ FASTALIGN_INLINE Lanes exp_lanes(Lanes x) {
   p = p * r + 1.0f;
   const WordLanes power = (as_word(shifted) + 127u) << 23;
   return x < -87.0f ? Lanes{} : p * as_float(power);
+}
+
+// 2^x of x in [-127, 128): 2^n * 2^r with |r| <= 1/2 and a polynomial of degree 5 (error < 2e-7, 2^0 = 1). Below -126.5
+// the result is exactly 0, NaN stays NaN. A third cheaper than exp_lanes: for sums of exponentials.
+FASTALIGN_INLINE Lanes exp2_lanes(Lanes x) {
+  const Lanes magic = broadcast(0x1.8p23f + 127.0f);  // adding it leaves n + 127 in the low bits
+  const Lanes shifted = x + magic;
+  const Lanes r = x - (shifted - magic);
+  Lanes p = broadcast(0x1.5bba14p-10f);
+  p = p * r + 0x1.3cea88p-7f;
+  p = p * r + 0x1.c6b752p-5f;
+  p = p * r + 0x1.ebf9bcp-3f;
+  p = p * r + 0x1.62e42ap-1f;
+  p = p * r + 1.0f;
+  return p * as_float(as_word(shifted) << 23);
 }
 
 // tanh: an odd polynomial where it is steep, 1 - 2 / (exp(2|x|) + 1) elsewhere.

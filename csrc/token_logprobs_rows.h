@@ -3,58 +3,84 @@
 
 namespace fastalign::FASTALIGN_ISA {
 
-// One row is summed in blocks of this many columns, so that rounding grows with the number of blocks plus the block's
-// length rather than with the vocabulary.
-constexpr int64_t kBlock = 1024;
+// A row is taken in blocks of this many columns: read once from memory, for the block's maximum, and again from the
+// first-level cache. Sums of 64 terms per lane, and then of blocks, keep rounding from growing with the vocabulary.
+constexpr int64_t kBlock = 64 * kLanes;
 
+constexpr float kLog2E = 0x1.715476p0f, kLn2 = 0x1.62e430p-1f;
+
+// Exponents of two that exp2_lanes takes: at -127 it gives 0, and a finite y keeps 0 * y from becoming NaN. NaN stays.
+FASTALIGN_INLINE Lanes floored_exponent(Lanes y) { return max_lanes(broadcast(-127.0f), y); }
+
+// One block as floats, soft-capped and filled up with -infinity to whole lanes: x itself where it is all that.
+template <typename T, bool kCap>
+FASTALIGN_INLINE const float* whole_lanes(const T* x, int64_t count, float softcap, float* buffer) {
+  if constexpr (std::is_same_v<T, float> && !kCap) {
+    if (count % kLanes == 0) return x;
+  }
+  const float cap = kCap ? softcap : 0.0f;
+  const int64_t whole = count - count % kLanes;
+  for (int64_t j = 0; j < whole; j += kLanes) store(buffer + j, capped(load(x + j), cap));
+  if (whole < count) {
+    const Lanes tail = capped(load_some(x + whole, count - whole), cap);
+    store(buffer + whole, mask_tail(tail, count - whole));
+  }
+  return buffer;
+}
+
+FASTALIGN_INLINE float max_of(const float* u, int64_t count) {
+  Lanes most = broadcast(-std::numeric_limits<float>::infinity());
+  for (int64_t j = 0; j < count; j += kLanes) most = max_lanes(load(u + j), most);
+  return max_of(most);
+}
+
+// Exponents are taken in powers of two, y = s log2(e), because 2^y is cheaper than e^s.
 template <typename T, bool kCap>
 void stats_of_row(const T* x, int64_t vocab, int64_t target, RowSettings settings, RowStats* out) {
-  const float cap = kCap ? settings.softcap : 0.0f;
-  const int64_t whole = vocab - vocab % kLanes;
-  Lanes most = broadcast(-std::numeric_limits<float>::infinity());
-  for (int64_t j = 0; j < whole; j += kLanes) most = max_lanes(load(x + j), most);
-  if (whole < vocab) {
-    most = max_lanes(mask_tail(load_some(x + whole, vocab - whole), vocab - whole), most);
-  }
-  const float row_max = capped_one(max_of(most), cap);
+  alignas(FASTALIGN_BYTES) float buffer[kBlock];
+  const float scale = settings.inverse_temperature * kLog2E;
+  float row_max = -std::numeric_limits<float>::infinity(), shift = 0.0f;
   Lanes sum = {}, dot = {};
-  for (int64_t block = 0; block < whole; block += kBlock) {
-    const int64_t end = block + kBlock < whole ? block + kBlock : whole;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t count = vocab - start < kBlock ? vocab - start : kBlock;
+    const float* u = whole_lanes<T, kCap>(x + start, count, settings.softcap, buffer);
+    const float block_max = max_of(u, count);
+    if (block_max > row_max) {  // while all is -infinity there is no maximum, and shift stays 0
+      const Lanes step = floored_exponent(broadcast((row_max - block_max) * scale));
+      const Lanes decay = exp2_lanes(step);
+      dot = decay * (dot + step * sum);
+      sum *= decay;
+      row_max = shift = block_max;
+    }
     Lanes block_sum = {}, block_dot = {};
-    for (int64_t j = block; j < end; j += kLanes) {
-      const Lanes s = floored((capped(load(x + j), cap) - row_max) * settings.inverse_temperature);
-      const Lanes e = exp_lanes(s);
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const Lanes y = floored_exponent((load(u + j) - shift) * scale);
+      const Lanes e = exp2_lanes(y);
       block_sum += e;
-      block_dot += e * s;
+      block_dot += e * y;
     }
     sum += block_sum;
     dot += block_dot;
   }
-  if (whole < vocab) {
-    const Lanes u = mask_tail(capped(load_some(x + whole, vocab - whole), cap), vocab - whole);
-    const Lanes s = floored((u - row_max) * settings.inverse_temperature);
-    const Lanes e = exp_lanes(s);
-    sum += e;
-    dot += e * s;
-  }
   const float total = sum_of(sum);
   const float log_sum = std::log(total);
-  const float s = (capped_one(one(x + target), cap) - row_max) / settings.temperature;
-  *out = {s - log_sum, log_sum - sum_of(dot) / total, row_max, log_sum};
+  const float s = (capped_one(one(x + target), kCap ? settings.softcap : 0.0f) - row_max) / settings.temperature;
+  *out = {s - log_sum, log_sum - kLn2 * (sum_of(dot) / total), row_max, log_sum};
 }
 
 template <bool kCap, bool kEntropy>
 FASTALIGN_INLINE Lanes dlogits_lanes(Lanes x, RowSettings settings, const RowGradient& row, float g) {
   const Lanes u = capped(x, kCap ? settings.softcap : 0.0f);
-  const Lanes log_p = floored((u - row.row_max) * settings.inverse_temperature - row.log_sum);
-  Lanes factor = broadcast(g);
-  if (kEntropy) factor += row.e * (log_p + row.entropy);
-  Lanes dz = -exp_lanes(log_p) * factor;
+  const float inverse = settings.inverse_temperature;
+  const Lanes y = floored_exponent((u - row.row_max) * (inverse * kLog2E) - row.log_sum * kLog2E);
+  Lanes factor = broadcast(-g * inverse);
+  if (kEntropy) factor -= (row.e * inverse * kLn2) * (y + row.entropy * kLog2E);
+  Lanes dz = exp2_lanes(y) * factor;
   if (kCap) {
     const Lanes t = u * (1.0f / settings.softcap);
     dz *= 1.0f - t * t;
   }
-  return dz * settings.inverse_temperature;
+  return dz;
 }
 
 // `out` may be `x`.

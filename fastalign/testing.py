@@ -29,6 +29,8 @@ TOLERANCES: dict[torch.dtype, Tolerance] = {
     torch.float16: Tolerance(floor=1e-6, grad_floor=1e-3),
     torch.bfloat16: Tolerance(floor=1e-6, grad_floor=8e-3),
 }
+# Two units in the last place of float32, relative to max(1, magnitude).
+LAST_DIGITS = 2.0**-22
 
 
 def assert_no_worse(
@@ -45,6 +47,34 @@ def assert_no_worse(
         dtype: the input dtype, which names the row of ``TOLERANCES``.
         grad: whether the result is a gradient.
     """
+    error, eager_error, magnitude = _errors(kernel, eager, truth)
+    tolerance = TOLERANCES[dtype]
+    floor = tolerance.grad_floor * magnitude if grad else tolerance.floor * max(1.0, magnitude)
+    assert error <= 2.0 * eager_error + floor, (
+        f"error {error:.3g} > 2 x eager's {eager_error:.3g} + floor {floor:.3g}"
+    )
+
+
+def assert_as_precise(kernel: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """AssertionError unless max|kernel - truth| <= 1.1 max|eager - truth| + two last digits.
+
+    For results that cost no precision at all: ``eager`` computes in float32 what the kernel does,
+    from the same inputs, and rounds gradients to the same dtype.
+
+    Args:
+        kernel: the result to judge, any dtype.
+        eager: the same result by plain PyTorch in float32, rounded to the kernel's dtype.
+        truth: the same result in float64.
+    """
+    error, eager_error, magnitude = _errors(kernel, eager, truth)
+    floor = LAST_DIGITS * max(1.0, magnitude)
+    assert error <= 1.1 * eager_error + floor, (
+        f"error {error:.3g} > 1.1 x eager's {eager_error:.3g} + floor {floor:.3g}"
+    )
+
+
+def _errors(kernel: Tensor, eager: Tensor, truth: Tensor) -> tuple[float, float, float]:
+    """(largest error of the kernel, of eager, largest magnitude), where the truth is finite."""
     assert kernel.shape == truth.shape, f"shape {tuple(kernel.shape)} != {tuple(truth.shape)}"
     got, plain, true = (x.detach().double().cpu() for x in (kernel, eager, truth))
     finite = true.isfinite()
@@ -53,15 +83,10 @@ def assert_no_worse(
     assert bool(same.all()), f"expected {odd_true.tolist()[:5]}, got {odd_got.tolist()[:5]}"
     got, plain, true = got[finite], plain[finite], true[finite]
     if true.numel() == 0:
-        return
-    magnitude = true.abs().max().item()
-    tolerance = TOLERANCES[dtype]
-    floor = tolerance.grad_floor * magnitude if grad else tolerance.floor * max(1.0, magnitude)
+        return 0.0, 0.0, 0.0
     error = (got - true).abs().max().item()
     eager_error = (plain - true).abs().nan_to_num(nan=0.0).max().item()
-    assert error <= 2.0 * eager_error + floor, (
-        f"error {error:.3g} > 2 x eager's {eager_error:.3g} + floor {floor:.3g}"
-    )
+    return error, eager_error, true.abs().max().item()
 
 
 def peaked_logits(

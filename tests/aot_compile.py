@@ -77,6 +77,10 @@ def compiled(launch: Recorded, arch: int) -> dict[str, Any]:
         "widest_load": max(
             [int(x) for x in re.findall(r"ld\.global[\w.:]*\.v(\d)\.b32", ptx)] + [1]
         ),
+        # Pointers to which a 32-bit number is added that depends on the program.
+        "narrow_offsets": re.findall(
+            r"tt\.addptr %(\w+_ptr), .*: !tt\.ptr<\w+>, i32", binary.asm["ttir"]
+        ),
         "atomics": len(re.findall(r"\b(atom|red)\.", ptx)),
     }
 
@@ -96,6 +100,16 @@ def distinct(launches: Iterable[Any]) -> int:
     return len(keys)
 
 
+def feature_sets(launches: Iterable[Any]) -> int:
+    """How many sets of kernel, dtype of the logits and flags these launches ask for."""
+    sets = set()
+    for launch in launches:
+        for kernel, args, kwargs in launches_of(launch):
+            logits = args[kernel.arg_names.index("logits_ptr")]
+            sets.add((kernel.fn.__name__, logits.dtype, *sorted(kwargs.items())))
+    return len(sets)
+
+
 def main() -> None:
     JITFunction.run = record
     import aot_launches
@@ -106,8 +120,8 @@ def main() -> None:
         for one in launches_of(launch):
             for arch in archs:
                 report["compiled"].append({"launch": name, **compiled(one, arch)})
-    report["one model"] = distinct(aot_launches.shapes_of_one_model())
-    report["any vocabulary"] = distinct(aot_launches.any_vocabulary())
+    report["rows of any shape"] = distinct(aot_launches.rows_of_any_shape())
+    report["feature sets of rows"] = feature_sets(aot_launches.rows_of_any_shape())
     report["kl of any shape"] = distinct(aot_launches.kl_of_any_shape())
     report["gae of any shape"] = distinct(aot_launches.gae_of_any_shape())
     json.dump(report, sys.stdout)

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from fastalign.kernels.gae import gae_fwd
 from fastalign.kernels.token_kl import kl_dlogits_fwd, kl_stats_fwd
 from fastalign.kernels.token_logprobs import dlogits_fwd, row_stats_fwd
+from fastalign.ops.token_logprobs import temperature_tensor
 
 Launch = Callable[[], object]
 
@@ -75,13 +77,45 @@ LAUNCHES: dict[str, Launch] = {
 }
 
 
-def shapes_of_one_model() -> Iterator[Launch]:
-    """50 numbers of tokens with one vocabulary, float and per-token temperatures, soft-caps: the
-    row kernels' arguments vary, what is compiled must not."""
+def rows_of_any_shape() -> Iterator[Launch]:
+    """50 random shapes, 5 temperatures, slices that begin anywhere, a stride beyond 2^31: only
+    dtype, soft-cap, entropy and rows that are multiples of 16 may matter."""
     generator = torch.Generator().manual_seed(0)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
     for i in range(50):
-        n = int(torch.randint(1, 3000, (), generator=generator))
-        yield partial(_stats_only, n, 32_000, i % 2 == 0, -100 + i % 3)
+        aligned = i % 2 == 0
+        vocab = 16 * number(1, 300) if aligned else 16 * number(1, 300) + number(1, 16)
+        batch, steps = number(1, 9), number(2, 40)
+        far = 1 << 33 if i % 5 == 0 else steps * vocab
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
+        logits = torch.empty_strided(
+            (batch, steps, vocab), (far, vocab, 1), dtype=dtype, device="meta"
+        )
+        logits = logits[:, 0] if i % 4 == 0 else logits[:, :-1]
+        tokens = logits[..., 0].numel()
+        temperature = (0.7, 1.0, torch.ones(1), torch.ones(tokens), 3)[i % 5]
+        settings = (30.0 if i // 2 % 2 else 0.0, -100 + i % 3)
+        yield partial(_rows, logits, tokens, temperature, settings, i // 4 % 2 == 0)
+
+
+def _rows(
+    logits: Tensor,
+    tokens: int,
+    temperature: float | Tensor,
+    settings: tuple[float, int],
+    entropy: bool,
+) -> None:
+    targets = torch.zeros(tokens + 1, dtype=torch.int64, device="meta")[1:]
+    scale = temperature_tensor("rows", temperature, logits, targets.shape)
+    row_stats_fwd(logits, targets, scale, *settings)
+    # One row each of a [5, N] tensor: where they begin depends on N.
+    numbers = torch.empty(5, tokens, device="meta")
+    out = torch.empty(logits.shape, dtype=logits.dtype, device="meta")
+    g, *stats = numbers
+    dlogits_fwd(out, g, g if entropy else None, logits, targets, scale, *settings, *stats)
 
 
 def kl_of_any_shape() -> Iterator[Launch]:
@@ -95,15 +129,6 @@ def kl_of_any_shape() -> Iterator[Launch]:
         yield partial(_kl_stats_only, n, vocab, i % 2 == 0, -100 + i % 3)
 
 
-def any_vocabulary() -> Iterator[Launch]:
-    """50 random shapes [N, V]: only whether V is a multiple of 16 may matter."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(50):
-        n = int(torch.randint(1, 50, (), generator=generator))
-        vocab = int(torch.randint(2, 5000, (), generator=generator))
-        yield partial(_stats_only, n, vocab, False, -100)
-
-
 def gae_of_any_shape() -> Iterator[Launch]:
     """50 random shapes: only packing and the split of few long sequences may matter, four sets of
     flags; splitting adds a second kernel to two of them."""
@@ -113,12 +138,6 @@ def gae_of_any_shape() -> Iterator[Launch]:
         rows = int(torch.randint(1, 20, (), generator=generator)) + (0 if few else 128)
         steps = int(torch.randint(1, 300, (), generator=generator)) + (4096 if few else 0)
         yield partial(gae, rows, steps, i % 4 < 2)
-
-
-def _stats_only(n: int, vocab: int, per_token: bool, ignore_index: int) -> None:
-    logits = torch.empty(n, vocab, dtype=torch.bfloat16)
-    temperature = torch.ones(n if per_token else 1)
-    row_stats_fwd(logits, torch.zeros(n, dtype=torch.int64), temperature, 0.0, ignore_index)
 
 
 def _kl_stats_only(n: int, vocab: int, per_token: bool, ignore_index: int) -> None:

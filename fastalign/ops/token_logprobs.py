@@ -23,6 +23,7 @@ tests/test_token_logprobs.py. Benchmark: benchmarks/bench_token_logprobs.py.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, overload
 
 import torch
@@ -111,10 +112,23 @@ def dlogits_reference(
     return dz.masked_fill(~kept[:, None], 0.0).to(logits.dtype).reshape(logits.shape)
 
 
+def check_target_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """ValueError unless each target is in [0, V) or ``ignore_index``. Waits for the device."""
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"row_stats: expected targets in [0, {vocab}) or {ignore_index}, "
+            f"got {int(targets[row])} in row {row}"
+        )
+
+
 @torch.library.custom_op("fastalign::row_stats", mutates_args=())
 def row_stats(
     logits: Tensor, targets: Tensor, temperature: Tensor, softcap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if os.environ.get("FASTALIGN_DEBUG") == "1":
+        check_target_values(targets, logits.shape[-1], ignore_index)
     which = choose("row_stats", logits)
     if which == "triton":
         from fastalign.kernels.token_logprobs import row_stats_fwd
@@ -330,7 +344,8 @@ def token_logprobs(
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64.
         targets: [...] int64, in [0, V) or ``ignore_index``. Other values: an error on the CPU, NaN
-            on CUDA.
+            on CUDA, where looking at them would make the host wait. The environment variable
+            FASTALIGN_DEBUG=1 makes it look, here and in linear_logprobs and linear_loss.
         temperature: positive float, or a tensor [...] with one temperature per token.
         ignore_index: rows with this target give logp 0, entropy 0 and gradient 0 whatever their
             logits hold.
@@ -341,7 +356,8 @@ def token_logprobs(
         entropy).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or temperature <= 0.
+        ValueError: shapes, dtypes or devices that do not fit, or temperature <= 0; with
+            FASTALIGN_DEBUG=1 the first row whose target is neither in [0, V) nor ``ignore_index``.
     """
     op = "token_logprobs"
     if logits.dim() < 1 or logits.dtype not in FLOAT_DTYPES or logits.shape[-1] < 1:
