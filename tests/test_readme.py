@@ -72,6 +72,38 @@ def test_python_blocks_run_and_print_what_the_page_shows(capsys: pytest.CaptureF
     assert names["returns"].shape == (5,)
 
 
+def test_the_examples_of_the_loss_head_run() -> None:
+    """Those of docs/loss-head.md, on one small head."""
+    page = (ROOT / "docs/loss-head.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    n, width, vocab = 6, 8, 20
+    names: dict[str, Any] = {
+        "fa": fa,
+        "torch": torch,
+        "hidden": torch.randn(n, width, requires_grad=True),
+        "weight": torch.randn(vocab, width, requires_grad=True),
+        "targets": torch.randint(vocab, (n,)),
+        "advantages": torch.randn(n),
+        "old_logp": torch.full((n,), -3.0),
+        "ref_hidden": torch.randn(n, width + 1),
+        "ref_weight": torch.randn(vocab, width + 1),
+    }
+    for block in blocks:
+        exec(compile(block, "docs/loss-head.md", "exec"), names)
+        if "pairs" in names:
+            sign = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, -1.0])
+            names["out"] = fa.ops.linear_loss(
+                names["hidden"],
+                names["weight"],
+                names["targets"],
+                names.pop("pairs"),
+                {"sign": sign},
+                groups=[0, 4, 6],
+            )
+        assert names["out"].loss.isfinite()
+    assert len(blocks) == 3 and names["out"].metrics["kl"] > 0
+
+
 def test_op_table() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` (\| .*)\|$", README, re.MULTILINE))
     hubs = {path.stem for path in (ROOT / "fastalign/ops").glob("*.py")}
