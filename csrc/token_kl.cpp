@@ -21,12 +21,11 @@ struct Dtypes {
 };
 
 struct KlStats {
-  float logp, entropy, row_max, log_sum, kl, ref_logp, ref_row_max, ref_log_sum;
+  float logp, entropy, row_max, log_sum, kl, ref_logp, ref_row_max, mean_gap;
 };
 
 struct KlGradient {
-  float g, e, k, logp, entropy, row_max, log_sum, ref_row_max;
-  float mean_gap;  // sum_j p_j (t_j - s_j)
+  float g, e, k, logp, entropy, row_max, log_sum, ref_row_max, mean_gap;
 };
 
 }  // namespace fastalign
@@ -81,7 +80,7 @@ void stats_of_rows(const Rows& rows, const Rows& refs, float* const* out) {
                        rows.settings(row), &stats);
       }
       const float values[kStats] = {stats.logp, stats.entropy,  stats.row_max,     stats.log_sum,
-                                    stats.kl,   stats.ref_logp, stats.ref_row_max, stats.ref_log_sum};
+                                    stats.kl,   stats.ref_logp, stats.ref_row_max, stats.mean_gap};
       for (int i = 0; i < kStats; ++i) out[i][row] = values[i];
     }
   };
@@ -107,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> kl_st
 
 struct KlGradientInputs {
   const float *grad_logp, *grad_entropy, *grad_kl, *logp, *entropy, *row_max, *log_sum, *kl, *ref_row_max,
-      *ref_log_sum;
+      *mean_gap;
 };
 
 template <typename Pair>
@@ -128,7 +127,7 @@ void dlogits_of_rows(const Rows& rows, const Rows& refs, const KlGradientInputs&
                           in.row_max[row],
                           in.log_sum[row],
                           in.ref_row_max[row],
-                          in.ref_log_sum[row] - in.log_sum[row] - in.kl[row]};
+                          in.mean_gap[row]};
       if (in.kl[row] == std::numeric_limits<float>::infinity()) {
         gradient.k = gradient.mean_gap = 0.0f;
       }
@@ -145,7 +144,7 @@ void kl_dlogits_cpu(Tensor out, const Tensor& grad_logp_in, const std::optional<
                     const Tensor& targets_in, const Tensor& temperature_in, double softcap,
                     int64_t ignore_index, const Tensor& logp_in, const Tensor& entropy_in,
                     const Tensor& row_max_in, const Tensor& log_sum_in, const Tensor& kl_in,
-                    const Tensor& ref_row_max_in, const Tensor& ref_log_sum_in) {
+                    const Tensor& ref_row_max_in, const Tensor& mean_gap_in) {
   const Tensor logits = with_dense_rows(logits_in), ref_logits = with_dense_rows(ref_logits_in);
   const Tensor targets = torch::stable::contiguous(targets_in);
   const Tensor temperature = torch::stable::contiguous(temperature_in);
@@ -159,7 +158,7 @@ void kl_dlogits_cpu(Tensor out, const Tensor& grad_logp_in, const std::optional<
                             torch::stable::contiguous(log_sum_in),
                             torch::stable::contiguous(kl_in),
                             torch::stable::contiguous(ref_row_max_in),
-                            torch::stable::contiguous(ref_log_sum_in)};
+                            torch::stable::contiguous(mean_gap_in)};
   const auto floats = [&](int i) { return static_cast<const float*>(vectors[i].const_data_ptr()); };
   const KlGradientInputs in{floats(0), has_entropy ? floats(1) : nullptr,
                             floats(2), floats(3),
@@ -183,7 +182,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign_cpp, m) {
   m.def(
       "kl_dlogits(Tensor(a!) out, Tensor grad_logp, Tensor? grad_entropy, Tensor grad_kl, Tensor logits, "
       "Tensor ref_logits, Tensor targets, Tensor temperature, float softcap, int ignore_index, Tensor logp, "
-      "Tensor entropy, Tensor row_max, Tensor log_sum, Tensor kl, Tensor ref_row_max, Tensor ref_log_sum) -> ()");
+      "Tensor entropy, Tensor row_max, Tensor log_sum, Tensor kl, Tensor ref_row_max, Tensor mean_gap) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastalign_cpp, CPU, m) {

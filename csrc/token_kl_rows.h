@@ -88,17 +88,17 @@ void kl_stats_of_row(const T* x, const R* y, int64_t vocab, int64_t target, RowS
   // Where the sums are alike their logarithms would lose the difference.
   const double excess = wide_sum_of(sums.excess) / total;
   const double log_ratio = std::fabs(excess) < 0.5 ? std::log1p(excess) : std::log(ref_total / total);
-  const double ref_log_sum = log_sum + log_ratio;
+  const double mean_gap = wide_sum_of(sums.gap) / total;
   const float s = (capped_one(one(x + target), cap) - row_max) / settings.temperature;
   const float t = (capped_one(one(y + target), cap) - ref_row_max) / settings.temperature;
   *out = {static_cast<float>(s - log_sum),
           static_cast<float>(log_sum - wide_sum_of(sums.dot) / total),
           row_max,
           static_cast<float>(log_sum),
-          static_cast<float>(log_ratio - wide_sum_of(sums.gap) / total),
-          static_cast<float>(t - ref_log_sum),
+          static_cast<float>(log_ratio - mean_gap),
+          static_cast<float>(t - (log_sum + log_ratio)),
           ref_row_max,
-          static_cast<float>(ref_log_sum)};
+          static_cast<float>(mean_gap)};
 }
 
 template <bool kCap>
@@ -111,7 +111,7 @@ FASTALIGN_INLINE Lanes kl_dlogits_lanes(Lanes x, Lanes y, RowSettings settings, 
   Lanes t = (v - row.ref_row_max) * settings.inverse_temperature;
   t = t < -1e20f ? broadcast(-1e20f) : t;  // finite, so that times 0 it is 0
   const Lanes d = t - floored(s);
-  // log p - log r - KL = mean of d - d.
+  // log p - log r - KL = mean_gap - d.
   const Lanes factor = g + row.e * (log_p + row.entropy) - row.k * (row.mean_gap - d);
   Lanes dz = -exp_lanes(log_p) * factor;
   if (kCap) {

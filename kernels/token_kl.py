@@ -55,7 +55,7 @@ def _kl_stats_kernel(
     kl_ptr,
     ref_logp_ptr,
     ref_row_max_ptr,
-    ref_log_sum_ptr,
+    mean_gap_ptr,
     vocab,
     steps,
     stride_logits_b,
@@ -78,7 +78,7 @@ def _kl_stats_kernel(
         tl.store(kl_ptr + row, 0.0)
         tl.store(ref_logp_ptr + row, 0.0)
         tl.store(ref_row_max_ptr + row, 0.0)
-        tl.store(ref_log_sum_ptr + row, 0.0)
+        tl.store(mean_gap_ptr + row, 0.0)
         return
     temperature = tl.load(temperature_ptr + row * stride_temperature)
     inverse_temperature = 1.0 / temperature
@@ -134,6 +134,7 @@ def _kl_stats_kernel(
     alike = tl.abs(relative) < 0.5
     log_ratio = tl.where(alike, _log1p_near(relative), tl.log(ref_total / total))
     ref_log_sum = tl.where(alike, log_sum + log_ratio, tl.log(ref_total))
+    mean_gap = tl.sum(gaps, 0) / total
     # A target outside the row reads nothing and gives NaN: wrong input must not look like a number.
     known = (target >= 0) & (target < vocab)
     at_target = tl.load(x_ptr + target, mask=known, other=float("nan")).to(tl.float32)
@@ -145,10 +146,10 @@ def _kl_stats_kernel(
     tl.store(entropy_ptr + row, log_sum - tl.sum(dots, 0) / total)
     tl.store(row_max_ptr + row, m)
     tl.store(log_sum_ptr + row, log_sum)
-    tl.store(kl_ptr + row, log_ratio - tl.sum(gaps, 0) / total)
+    tl.store(kl_ptr + row, log_ratio - mean_gap)
     tl.store(ref_logp_ptr + row, (ref_at_target - ref_m) / temperature - ref_log_sum)
     tl.store(ref_row_max_ptr + row, ref_m)
-    tl.store(ref_log_sum_ptr + row, ref_log_sum)
+    tl.store(mean_gap_ptr + row, mean_gap)
 
 
 @triton.jit(do_not_specialize=["steps", "stride_temperature", "ignore_index"])
@@ -166,7 +167,7 @@ def _kl_dlogits_kernel(
     log_sum_ptr,
     kl_ptr,
     ref_row_max_ptr,
-    ref_log_sum_ptr,
+    mean_gap_ptr,
     out_ptr,  # [N, V] contiguous, may be logits
     vocab,
     steps,
@@ -192,15 +193,13 @@ def _kl_dlogits_kernel(
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row * stride_temperature)
     g = tl.load(grad_logp_ptr + row)
     k = tl.load(grad_kl_ptr + row)
-    kl = tl.load(kl_ptr + row)
     row_max = tl.load(row_max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
     ref_row_max = tl.load(ref_row_max_ptr + row)
-    # log p - log r - KL = mean of d - d; an infinite KL has no gradient.
-    mean_gap = tl.load(ref_log_sum_ptr + row) - log_sum - kl
-    endless = kl == float("inf")
+    # log p - log r - KL = mean_gap - d; an infinite KL has no gradient.
+    endless = tl.load(kl_ptr + row) == float("inf")
     k = tl.where(endless, 0.0, k)
-    mean_gap = tl.where(endless, 0.0, mean_gap)
+    mean_gap = tl.where(endless, 0.0, tl.load(mean_gap_ptr + row))
     x_ptr = logits_ptr + row // steps * stride_logits_b + row % steps * stride_logits_t
     y_ptr = ref_ptr + row // steps * stride_ref_b + row % steps * stride_ref_t
     u = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -281,14 +280,14 @@ def kl_dlogits_fwd(
     log_sum: Tensor,
     kl: Tensor,
     ref_row_max: Tensor,
-    ref_log_sum: Tensor,
+    mean_gap: Tensor,
 ) -> None:
     logits, ref_logits = dense_rows(logits), dense_rows(ref_logits)
     targets, temperature = targets.contiguous(), temperature.contiguous()
     n, vocab = targets.numel(), logits.shape[-1]
     if n == 0:
         return
-    stats = (logp, entropy, row_max, log_sum, kl, ref_row_max, ref_log_sum)
+    stats = (logp, entropy, row_max, log_sum, kl, ref_row_max, mean_gap)
     steps, *strides = steps_and_strides(logits)
     with torch.cuda.device_of(logits):
         _kl_dlogits_kernel[(n, triton.cdiv(vocab, DLOGITS_BLOCK))](

@@ -3,6 +3,7 @@
 from fastalign.ops.bradley_terry_loss import bradley_terry_loss
 from fastalign.ops.gae import gae
 from fastalign.ops.kl_estimate import kl_estimate
+from fastalign.ops.linear_kl import linear_kl
 from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.linear_loss import LossOutput, linear_loss
 from fastalign.ops.plan import Plan, plan
@@ -17,6 +18,7 @@ __all__ = [
     "bradley_terry_loss",
     "gae",
     "kl_estimate",
+    "linear_kl",
     "linear_logprobs",
     "linear_loss",
     "plan",

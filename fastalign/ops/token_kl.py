@@ -15,10 +15,12 @@ and, for upstream gradients g = dL/dlogp, e = dL/dH, k = dL/dKL (logp and H of t
 The reference model gets no gradient. Near the reference, where KL is a small difference of large
 sums, the kernels use d_j = t_j - s_j, which is small when p is near r:
 
-    KL = log1p(sum_j e^s_j expm1(d_j) / sum_j e^s_j) - sum_j e^s_j d_j / sum_j e^s_j
+    mean_gap = sum_j p_j d_j
+    KL = log1p(sum_j e^s_j expm1(d_j) / sum_j e^s_j) - mean_gap
+    log p_j - log r_j - KL = mean_gap - d_j
 
-A rounding of d_j changes both terms alike, so the error is about 1e-7 times the size of d: a KL of
-1e-6 has three right digits in float32, where differences of log-probs have none.
+A rounding of d_j changes both terms of KL alike, so the error is about 1e-7 times the size of d: a
+KL of 1e-6 has three right digits in float32, where differences of log-probs have none.
 
 Columns with p = 0 add nothing, whatever r is there. A column with p > 0 and r = 0 makes the KL
 +inf; it is +inf for all nearby logits too, so that row's KL gives no gradient (0, never NaN).
@@ -51,14 +53,13 @@ from fastalign.ops.token_logprobs import (
 Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _log_probs(logits: Tensor, kept: Tensor, temperature: Tensor, softcap: float) -> Tensor:
-    """log p [N, V] in the accumulation dtype; rows that are not kept are uniform."""
+def _shifted(logits: Tensor, kept: Tensor, temperature: Tensor, softcap: float) -> Tensor:
+    """s [N, V] of the formula in the accumulation dtype; zeros in rows that are not kept."""
     u = logits.reshape(len(kept), logits.shape[-1]).to(accumulation_dtype(logits.dtype))
     u = u.masked_fill(~kept[:, None], 0.0)
     if softcap:
         u = softcap * torch.tanh(u / softcap)
-    u = u - u.detach().amax(-1, keepdim=True)
-    return torch.log_softmax(u / temperature[:, None], -1)
+    return (u - u.detach().amax(-1, keepdim=True)) / temperature[:, None]
 
 
 def kl_stats_reference(
@@ -79,19 +80,23 @@ def kl_stats_reference(
         softcap: the c of the formula; 0 means none.
 
     Returns:
-        logp, entropy, row_max, log_sum, kl, ref_logp, ref_row_max, ref_log_sum: [N] each, float32
+        logp, entropy, row_max, log_sum, kl, ref_logp, ref_row_max, mean_gap: [N] each, float32
             (float64 for float64 logits); natural logarithms.
     """
     ref_logits = ref_logits.detach()
     kept = targets != ignore_index
     stats = row_stats_reference(logits, targets, temperature, softcap, ignore_index)
-    ref = row_stats_reference(ref_logits, targets, temperature, softcap, ignore_index)
-    log_p = _log_probs(logits, kept, temperature, softcap)
-    log_r = _log_probs(ref_logits, kept, temperature, softcap)
+    ref_logp, _, ref_row_max, _ = row_stats_reference(
+        ref_logits, targets, temperature, softcap, ignore_index
+    )
+    s = _shifted(logits, kept, temperature, softcap)
+    t = _shifted(ref_logits, kept, temperature, softcap)
+    log_p, log_r = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
     p = log_p.exp()
     # 0 * inf is NaN, forward and backward: a column without probability gets 0 first.
     kl = (p * (log_p - log_r).masked_fill(p == 0, 0.0)).sum(-1).masked_fill(~kept, 0.0)
-    return (*stats, kl, ref[0], ref[2].masked_fill(~kept, 0.0), ref[3])
+    mean_gap = (p * (t - s).masked_fill(p == 0, 0.0)).sum(-1).detach()
+    return (*stats, kl, ref_logp, ref_row_max, mean_gap)
 
 
 def kl_dlogits_reference(
@@ -110,7 +115,7 @@ def kl_dlogits_reference(
     log_sum: Tensor,
     kl: Tensor,
     ref_row_max: Tensor,
-    ref_log_sum: Tensor,
+    mean_gap: Tensor,
 ) -> Tensor:
     """dL/dlogits by the closed form above, in ``logits``' shape and dtype."""
     kept = targets != ignore_index
@@ -128,10 +133,10 @@ def kl_dlogits_reference(
         row_max,
         log_sum,
     )
-    log_p = _log_probs(x, kept, temperature, softcap)
-    log_r = _log_probs(ref_logits, kept, temperature, softcap)
-    p = log_p.exp()
-    slope = log_p - log_r - kl[:, None]
+    s = _shifted(x, kept, temperature, softcap)
+    t = _shifted(ref_logits, kept, temperature, softcap)
+    p = torch.softmax(s, -1)
+    slope = mean_gap[:, None] - (t - s)
     slope = slope.masked_fill((p == 0) | (kl == float("inf"))[:, None], 0.0)
     part = grad_kl[:, None] * p * slope / temperature[:, None]
     part = part.masked_fill(~kept[:, None], 0.0).reshape(x.shape)
@@ -150,7 +155,7 @@ def kl_stats(
     softcap: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, row_max, log_sum, kl, ref_logp, ref_row_max, ref_log_sum: one joint pass."""
+    """logp, entropy, row_max, log_sum, kl, ref_logp, ref_row_max, mean_gap: one joint pass."""
     args = (logits, ref_logits, targets, temperature, softcap, ignore_index)
     which = choose("kl_stats", logits)
     if which == "triton":
@@ -195,7 +200,7 @@ def kl_dlogits_out(
     log_sum: Tensor,
     kl: Tensor,
     ref_row_max: Tensor,
-    ref_log_sum: Tensor,
+    mean_gap: Tensor,
 ) -> None:
     """Writes dL/dlogits into ``out``, contiguous, which may be ``logits`` itself."""
     args = (
@@ -214,7 +219,7 @@ def kl_dlogits_out(
         log_sum,
         kl,
         ref_row_max,
-        ref_log_sum,
+        mean_gap,
     )
     which = choose("kl_dlogits", logits)
     if which == "triton":
@@ -240,7 +245,7 @@ def kl_dlogits(
     ignore_index: int,
     stats: list[Tensor],
 ) -> Tensor:
-    """dL/dlogits; ``stats`` as ``kl_dlogits_out`` wants them, from logp to ref_log_sum."""
+    """dL/dlogits; ``stats`` as ``kl_dlogits_out`` wants them, from logp to mean_gap."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     kl_dlogits_out(
         out,
@@ -276,15 +281,15 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ref_logits, targets, temperature, ctx.softcap, ctx.ignore_index = inputs
-    logp, entropy, row_max, log_sum, kl, ref_logp, ref_row_max, ref_log_sum = output
+    logp, entropy, row_max, log_sum, kl, ref_logp, ref_row_max, mean_gap = output
     ctx.save_for_backward(
         logits,
         ref_logits,
         targets,
         temperature,
-        *(logp, entropy, row_max, log_sum, kl, ref_row_max, ref_log_sum),
+        *(logp, entropy, row_max, log_sum, kl, ref_row_max, mean_gap),
     )
-    ctx.mark_non_differentiable(row_max, log_sum, ref_logp, ref_row_max, ref_log_sum)
+    ctx.mark_non_differentiable(row_max, log_sum, ref_logp, ref_row_max, mean_gap)
     ctx.set_materialize_grads(False)
 
 
