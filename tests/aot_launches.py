@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from fastalign.kernels.gae import gae_fwd
+from fastalign.kernels.policy_loss import policy_loss_fwd, policy_loss_terms_fwd
 from fastalign.kernels.token_kl import kl_dlogits_fwd, kl_stats_fwd
 from fastalign.kernels.token_logprobs import dlogits_fwd, row_stats_fwd
+from fastalign.losses import APA, AWR, GRPO, MLE, PPO
+from fastalign.ops.policy_terms import Form, Tokens, form_of
 from fastalign.ops.token_logprobs import temperature_tensor
 
 Launch = Callable[[], object]
@@ -61,7 +64,53 @@ def gae(rows: int, steps: int, packed: bool = False, features: bool = False) -> 
     gae_fwd(rewards, rewards, 1.0, 0.95, mask, offsets, bootstrap, rates)
 
 
+def policy_loss(loss: object, n: int, features: str = "", start: int = 0) -> None:
+    """``features``: letters m(ask), s(hares), c(ritic), e(ntropy), o(ld), r(eference)."""
+    x = torch.zeros(n + start)[start:]
+    form = form_of(loss) or Form()
+    critic = x if "c" in features or loss is None else None
+    tokens = Tokens(
+        logp=None if loss is None else x,
+        entropy=x if "e" in features else None,
+        advantages=x,
+        old_logp=x if "o" in features else None,
+        ref_logp=x if "r" in features else None,
+        weights=x if isinstance(loss, MLE) else None,
+        log_ratio=x if "g" in features else None,
+        values=critic,
+        returns=critic,
+        old_values=critic,
+        mask=torch.ones(n, dtype=torch.bool) if "m" in features else None,
+        scale=torch.ones(1) if "s" in features else None,
+    )
+    if critic is not None:
+        form = form._replace(vf_coef=0.5, value_clip=0.2)
+    policy_loss_fwd(form, tokens)
+    if critic is None:
+        policy_loss_terms_fwd(form, tokens)
+
+
+def policy_loss_of_any_size() -> Iterator[Launch]:
+    """50 sizes, alignments and coefficients of one loss with one set of features."""
+    generator = torch.Generator().manual_seed(3)
+    for i in range(50):
+        n = int(torch.randint(1, 100_000, (), generator=generator))
+        clip, kl_coef = (0.01 + torch.rand(2, generator=generator)).tolist()
+        loss = PPO(clip, kl_coef=kl_coef, entropy_coef=0.1 * kl_coef)
+        yield partial(policy_loss, loss, n, "meor", i % 4)
+
+
+FULL = {"kl_coef": 0.1, "entropy_coef": 0.01}
 LAUNCHES: dict[str, Launch] = {
+    "policy loss, clipped, all features": lambda: policy_loss(
+        PPO(dual_clip=3.0, kl_kind="k3", **FULL), 5000, "msceor"
+    ),
+    "policy loss, truncated": lambda: policy_loss(GRPO("cispo", kl_kind="k2", **FULL), 99, "eor"),
+    "policy loss, gspo": lambda: policy_loss(GRPO("gspo"), 5000, "gso"),
+    "policy loss, squared": lambda: policy_loss(APA(0.1), 5000, "r"),
+    "policy loss, tilted": lambda: policy_loss(AWR(0.1), 5000, "ms"),
+    "policy loss, weighted": lambda: policy_loss(MLE(), 5000),
+    "value loss": lambda: policy_loss(None, 5000, "m"),
     "rows bf16, V a multiple of 16, entropy": lambda: row_kernels(torch.bfloat16, 128_256),
     "rows fp32, odd V, soft-cap": lambda: row_kernels(torch.float32, 50_257, softcap=30.0),
     "rows fp16, no entropy": lambda: row_kernels(torch.float16, 32_000, entropy=False),

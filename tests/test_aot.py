@@ -108,3 +108,8 @@ def test_kl_compiles_once_for_aligned_rows_and_once_for_others(report: dict[str,
 
 def test_gae_compiles_once_per_feature_set(report: dict[str, Any]) -> None:
     assert report["gae of any shape"] == 6
+
+
+def test_policy_loss_compiles_once_per_feature_set(report: dict[str, Any]) -> None:
+    """Sums and per-token values are two forms of one kernel; the third adds up the sums."""
+    assert report["policy loss of any size"] == 3

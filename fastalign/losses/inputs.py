@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def wide(x: Tensor) -> Tensor:
 def constants(
     loss: object,
     logp: Tensor,
-    inputs: dict[str, Tensor | None],
+    inputs: Mapping[str, Tensor | None],
     required: tuple[str, ...],
     optional: tuple[str, ...] = (),
     sequences: int | None = None,

@@ -7,6 +7,7 @@ from fastalign.ops.linear_kl import linear_kl
 from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.linear_loss import LossOutput, linear_loss
 from fastalign.ops.plan import Plan, plan
+from fastalign.ops.policy_loss import actor_critic_loss, policy_loss, value_loss
 from fastalign.ops.reward_heads import reduce_scores, reward_heads
 from fastalign.ops.token_kl import token_kl
 from fastalign.ops.token_logprobs import token_logprobs
@@ -15,6 +16,7 @@ from fastalign.ops.whiten import whiten
 __all__ = [
     "LossOutput",
     "Plan",
+    "actor_critic_loss",
     "bradley_terry_loss",
     "gae",
     "kl_estimate",
@@ -22,9 +24,11 @@ __all__ = [
     "linear_logprobs",
     "linear_loss",
     "plan",
+    "policy_loss",
     "reduce_scores",
     "reward_heads",
     "token_kl",
     "token_logprobs",
+    "value_loss",
     "whiten",
 ]

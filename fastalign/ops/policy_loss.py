@@ -1,0 +1,439 @@
+r"""Losses on log-probs, value losses, their gradients and statistics, in one pass over the tokens.
+
+    loss = (1 / normalizer) sum_i c_i (v_i + vf_coef u_i)
+
+v_i is the loss of token i by a loss object of ``fastalign.losses``, u_i its critic's loss, and c_i
+the token's share by the ``reduction``:
+
+    token_mean       c_i = 1                          normalizer: the number of tokens
+    sequence_mean    c_i = 1 / length of its sequence  normalizer: the number of sequences
+    sum              c_i = 1                          normalizer: 1
+
+Lengths and numbers count the tokens that the mask keeps, and the sequences that have any. The
+slopes dv/dlogp, dv/dH and du/dV are known in closed form as soon as v is, so the forward pass
+writes them and the backward pass only multiplies them by the upstream gradient.
+fastalign/ops/policy_terms.py has the table of the losses and slopes, per token.
+
+C++: csrc/policy_loss.cpp. Triton: kernels/policy_loss.py. Tests: tests/test_policy_loss.py.
+Benchmark: benchmarks/bench_policy_loss.py. The public functions' checks, and what they make of
+sequences: fastalign/ops/policy_reduce.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastalign.backend import choose
+from fastalign.losses.inputs import constants, wide
+from fastalign.losses.value import ValueLoss
+from fastalign.ops.policy_reduce import (
+    Layout,
+    check_layout,
+    check_like,
+    check_normalizer,
+    checked_inputs,
+    named_statistics,
+    over_sequences,
+    shares,
+    take_tokens,
+)
+from fastalign.ops.policy_terms import COLUMNS, Form, Tokens, form_of, terms_reference
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def policy_loss_reference(form: Form, x: Tokens) -> Results:
+    """The sums above in plain PyTorch.
+
+    Returns:
+        total: 0-d, the sum before it is divided by the normalizer.
+        statistics: [15], of policy_terms.COLUMNS; sums of the first three, means of the others.
+        dlogp, dentropy, dvalues: d total by each token's, [N]; [0] where there is none.
+    """
+    like = x.leading
+    kept = torch.ones_like(like, dtype=torch.bool) if x.mask is None else x.mask
+    clean = [
+        t.masked_fill(~kept, 0.0) if t is not None and name not in ("mask", "scale") else None
+        for name, t in zip(Tokens._fields, x, strict=True)
+    ]
+    terms = terms_reference(form, Tokens(*clean))
+    share = kept.to(like.dtype)
+    if x.scale is not None and like.numel() > 0:
+        share = torch.where(kept, x.scale.repeat_interleave(like.numel() // x.scale.numel()), 0.0)
+    count = kept.sum().to(like.dtype)
+    policy, value = (share * terms.policy).sum(), (share * terms.value).sum()
+    means = [
+        torch.where(kept, terms.columns[name], 0.0).sum() / count.clamp(min=1.0)
+        if name in terms.columns
+        else torch.zeros_like(count)
+        for name in COLUMNS[3:]
+    ]
+    none = like.new_empty(0)
+    return (
+        policy + form.vf_coef * value,
+        torch.stack([policy, value, count, *means]),
+        share * terms.slope if x.logp is not None else none,
+        share * -form.entropy_coef if form.entropy_coef else none.clone(),
+        share * terms.value_slope if x.values is not None else none.clone(),
+    )
+
+
+def _computed(form: Form, x: Tokens) -> Results:
+    """``policy_loss_reference``, by the backend in force."""
+    which = choose("policy_loss", x.leading)
+    if which == "triton":
+        from fastalign.kernels.policy_loss import policy_loss_fwd
+
+        return policy_loss_fwd(form, x)
+    if which == "cpp":
+        return torch.ops.fastalign_cpp.policy_loss(*form, *x)
+    return policy_loss_reference(form, x)
+
+
+@torch.library.custom_op("fastalign::policy_loss", mutates_args=())
+def _policy_loss(
+    kind: int,
+    kl: int,
+    coefficients: list[float],
+    logp: Tensor | None,
+    entropy: Tensor | None,
+    advantages: Tensor | None,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    weights: Tensor | None,
+    log_ratio: Tensor | None,
+    values: Tensor | None,
+    returns: Tensor | None,
+    old_values: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _computed(
+        Form(kind, kl, *coefficients),
+        Tokens(
+            logp, entropy, advantages, old_logp, ref_logp, weights, log_ratio, values, returns,
+            old_values, mask, scale,
+        ),
+    )  # fmt: skip
+
+
+@_policy_loss.register_fake
+def _(
+    kind: int,
+    kl: int,
+    coefficients: list[float],
+    logp: Tensor | None,
+    entropy: Tensor | None,
+    advantages: Tensor | None,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    weights: Tensor | None,
+    log_ratio: Tensor | None,
+    values: Tensor | None,
+    returns: Tensor | None,
+    old_values: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    form = Form(kind, kl, *coefficients)
+    like = values if logp is None else logp
+    assert like is not None
+    n = like.numel()
+    return (
+        like.new_empty(()),
+        like.new_empty(len(COLUMNS)),
+        like.new_empty(0 if logp is None else n),
+        like.new_empty(n if form.entropy_coef else 0),
+        like.new_empty(0 if values is None else n),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    _, statistics, dlogp, dentropy, dvalues = output
+    ctx.n_tokens = Tokens(*inputs[3:]).leading.numel()
+    ctx.save_for_backward(dlogp, dentropy, dvalues)
+    ctx.mark_non_differentiable(statistics, dlogp, dentropy, dvalues)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> Any:
+    wanted = [ctx.needs_input_grad[i] and grad_total is not None for i in (3, 4, 10)]
+    logp, entropy, values = (
+        slope * grad_total if want and slope.numel() == ctx.n_tokens else None
+        for slope, want in zip(ctx.saved_tensors, wanted, strict=True)
+    )
+    return None, None, None, logp, entropy, *[None] * 5, values, *[None] * 4
+
+
+torch.library.register_autograd("fastalign::policy_loss", _backward, setup_context=_setup_context)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """The op without the dispatcher, which takes 0.1 ms for so many arguments on a CPU: as long as
+    the loss of 30,000 tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Results:
+        output = _computed(Form(*args[:2], *args[2]), Tokens(*args[3:]))
+        _setup_context(ctx, args, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def fused(loss: object) -> bool:
+    """Whether ``policy_loss_terms`` knows this loss: one of fastalign.losses, one value a token."""
+    return form_of(loss) is not None and not getattr(loss, "per_sequence", False)
+
+
+def policy_loss_terms(
+    loss: Any, logp: Tensor, entropy: Tensor | None, inputs: Mapping[str, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss of every token and its derivatives by logp and entropy in one launch; no autograd.
+
+    Args:
+        loss: a loss object for which ``fused`` holds.
+        logp: [N]; float32 (float64: the reference), narrower dtypes are widened.
+        entropy: [N], or None where the loss has no entropy term.
+        inputs: the loss's inputs by name, [N] each.
+
+    Returns:
+        values, dlogp: [N]; dentropy: [N], None where the loss does not use the entropy.
+
+    Raises:
+        ValueError: a loss that is not fused, or inputs that do not fit it.
+    """
+    form = form_of(loss)
+    if form is None or not fused(loss):
+        raise ValueError(f"policy_loss_terms: expected a fused per-token loss, got {loss!r}")
+    found = constants(loss, logp, inputs, loss.required, loss.optional)
+    if not form.entropy_coef:
+        entropy = None
+    elif entropy is None:
+        raise ValueError(f"{type(loss).__name__}: missing inputs: entropy (entropy_coef is not 0)")
+    x = take_tokens(form, wide(logp.detach()), None if entropy is None else wide(entropy), found)
+    which = choose("policy_loss", x.leading)
+    if which == "triton":
+        from fastalign.kernels.policy_loss import policy_loss_terms_fwd
+
+        return policy_loss_terms_fwd(form, x)
+    if which == "cpp":
+        values, dlogp, dentropy = torch.ops.fastalign_cpp.policy_loss_terms(*form[:8], *x[:6])
+        return values, dlogp, dentropy if form.entropy_coef else None
+    terms = terms_reference(form, x)
+    slope = torch.full_like(terms.policy, -form.entropy_coef) if form.entropy_coef else None
+    return terms.policy, terms.slope, slope
+
+
+def _reduced(
+    op: str,
+    form: Form,
+    x: Tokens,
+    layout: Layout,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    per_sequence: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its statistics, with "policy_loss" and "value_loss" where both are there."""
+    check_normalizer(op, normalizer)
+    mask = None if layout.mask is None else layout.mask.reshape(-1)
+    scale, own = shares(op, reduction, layout, x.leading, per_sequence)
+    x = x._replace(mask=mask, scale=scale)
+    # Tracers, and tensors that only stand for others, need the op.
+    plain = type(x.leading) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+    call = _PolicyLoss.apply if plain else _policy_loss
+    total, means, *_ = call(form.kind, form.kl, list(form[2:]), *x)
+    if normalizer is None:
+        normalizer = means[COLUMNS.index("count")].clamp(min=1.0) if own is None else own
+    statistics = named_statistics(form, x, means)
+    if x.logp is not None and x.values is not None:
+        statistics |= {"policy_loss": means[0] / normalizer, "value_loss": means[1] / normalizer}
+    return total / normalizer, statistics
+
+
+def _policy_tokens(
+    op: str,
+    loss: Any,
+    logp: Tensor,
+    inputs: Mapping[str, Tensor | None],
+    entropy: Tensor | None,
+    layout: Layout,
+    reduction: str | None,
+) -> tuple[Form, Tokens, str, bool]:
+    """Of a call's policy: its form, its tokens, the reduction (its own if None), and whether it has
+    one loss per sequence."""
+    form = form_of(loss)
+    if form is None:
+        raise ValueError(f"{op}: expected a policy loss object of fastalign.losses, got {loss!r}")
+    if entropy is not None:
+        check_like(op, "entropy", entropy, logp, "logp")
+    elif form.entropy_coef:
+        raise ValueError(f"{op}: missing entropy (entropy_coef is not 0 in {loss})")
+    logp = wide(logp)
+    found = checked_inputs(op, loss, logp, inputs, layout)
+    reduction = getattr(loss, "reduction", "token_mean") if reduction is None else reduction
+    if not getattr(loss, "per_sequence", False):
+        return form, take_tokens(form, logp, entropy, found), reduction, False
+    averages = over_sequences(found, logp, layout)
+    tokens = take_tokens(form, logp, entropy, found | averages)
+    return form, tokens._replace(log_ratio=averages["log_ratio"]), reduction, True
+
+
+def _with_critic(
+    op: str,
+    form: Form,
+    x: Tokens,
+    value_loss: ValueLoss,
+    values: Tensor,
+    returns: Tensor,
+    old_values: Tensor | None,
+    vf_coef: float,
+) -> tuple[Form, Tokens]:
+    """The form and the tokens with a critic's part beside the policy's, or alone."""
+    if value_loss.clip is not None and old_values is None:
+        raise ValueError(f"{op}: missing old_values (clip is set in {value_loss})")
+    check_like(op, "returns", returns, values, "values")
+    if old_values is not None:
+        check_like(op, "old_values", old_values, values, "values")
+    dtype = wide(values).dtype if x.logp is None else x.logp.dtype
+    clip = value_loss.clip
+    return (
+        form._replace(vf_coef=float(vf_coef), value_clip=0.0 if clip is None else clip),
+        x._replace(
+            values=values.to(dtype).reshape(-1),
+            returns=returns.detach().to(dtype).reshape(-1),
+            old_values=None
+            if clip is None or old_values is None
+            else old_values.detach().to(dtype).reshape(-1),
+        ),
+    )
+
+
+def policy_loss(
+    loss: Any,
+    logp: Tensor,
+    inputs: Mapping[str, Tensor | None],
+    *,
+    entropy: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: str | None = None,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss of ``fastalign.losses`` on log-probs you have, reduced to one number, with statistics.
+
+    The formula and the reductions stand in this module's docstring. Gradients flow to ``logp`` and
+    ``entropy``; they are formed in the same launch as the loss.
+
+    Args:
+        loss: MLE, APA, AWR, PPO or GRPO. (Any other callable: call it, or ``linear_loss``.)
+        logp: [B, T] or packed [N], float32, bfloat16, float16 or float64; the arithmetic is float32
+            (float64 for float64).
+        inputs: the loss's inputs by name, each of the shape of ``logp`` (gspo's advantages: or [B],
+            [S]); constants. ``old_logp`` and ``ref_logp`` are welcome with any loss, for the
+            statistics.
+        entropy: of the shape of ``logp``, in nats.
+        mask: of that shape, bool or integer, True (nonzero) where the token counts. What stands in
+            the other cells, NaN included, has no effect; gradients are 0 there.
+        cu_seqlens: [S + 1], int32 or int64, the bounds of the packed sequences, from 0 to N.
+            Without it the rows of [B, T] are the sequences. Its content is checked on CPU only.
+        reduction: "token_mean", "sequence_mean" or "sum"; None: the loss's own (``loss.reduction``,
+            token_mean for a loss that has none).
+        normalizer: number or 0-d tensor to divide by in place of the reduction's own: for instance
+            the tokens of all micro-batches, or dr_grpo's responses times length limit.
+
+    Returns:
+        (loss, statistics): 0-d, differentiable; and 0-d means over the tokens that count, detached:
+        "ratio" and "old_k1", "old_k2", "old_k3" with ``old_logp``, "ref_k1", "ref_k2", "ref_k3"
+        with ``ref_logp`` (k1 = logp - other, k2 = k1^2 / 2, k3 = exp(-k1) - 1 + k1, log-ratios
+        above 20 counting as 20 in ratio and k3), "entropy", "clip_fraction" (the share of tokens
+        whose gradient a bound holds at 0; cispo and awr: whose weight a bound holds), "residual"
+        (APA), "weight" and "effective_sample_size" = (sum w)^2 / sum w^2 (AWR, weighted MLE).
+
+    Raises:
+        ValueError: a loss that is no policy loss of this package, missing or unknown inputs,
+            shapes, dtypes or devices that do not fit, an unknown reduction, normalizer <= 0.
+    """
+    op = "policy_loss"
+    layout = check_layout(op, logp, "logp", mask, cu_seqlens)
+    form, x, how, per_sequence = _policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
+    return _reduced(op, form, x, layout, how, normalizer, per_sequence)
+
+
+def actor_critic_loss(
+    loss: Any,
+    logp: Tensor,
+    inputs: Mapping[str, Tensor | None],
+    values: Tensor,
+    returns: Tensor,
+    *,
+    old_values: Tensor | None = None,
+    value_loss: ValueLoss | None = None,
+    vf_coef: float = 1.0,
+    entropy: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: str | None = None,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy, entropy and critic in one launch: ``policy_loss`` + vf_coef * ``value_loss``.
+
+    Args:
+        loss, logp, inputs, entropy, mask, cu_seqlens, reduction, normalizer: as in ``policy_loss``.
+        values: of the shape of ``logp``, differentiable; float like it.
+        returns, old_values: of that shape, constants; old_values where the critic's loss is
+            clipped.
+        value_loss: a ``fastalign.losses.ValueLoss``; None: plain.
+        vf_coef: its weight; the critic's loss is reduced as the policy's.
+
+    Returns:
+        (loss, statistics) as in ``policy_loss``; beside its statistics "policy_loss", "value_loss"
+        (both reduced, without vf_coef) and, with a clip, "value_clip_fraction".
+
+    Raises:
+        ValueError: as in ``policy_loss``; or values, returns, old_values that do not fit.
+    """
+    op = "actor_critic_loss"
+    layout = check_layout(op, logp, "logp", mask, cu_seqlens)
+    check_like(op, "values", values, logp, "logp")
+    form, x, how, per_sequence = _policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
+    critic = ValueLoss() if value_loss is None else value_loss
+    form, x = _with_critic(op, form, x, critic, values, returns, old_values, vf_coef)
+    return _reduced(op, form, x, layout, how, normalizer, per_sequence)
+
+
+def value_loss(
+    loss: ValueLoss,
+    values: Tensor,
+    returns: Tensor,
+    *,
+    old_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A critic's loss, plain or clipped, reduced to one number; differentiable in ``values``.
+
+    Args:
+        loss: a ``fastalign.losses.ValueLoss``.
+        values: [B, T] or packed [N], float32, bfloat16, float16 or float64.
+        returns, old_values: of that shape, constants; old_values where the loss is clipped.
+        mask, cu_seqlens, reduction, normalizer: as in ``policy_loss``.
+
+    Returns:
+        (loss, statistics): 0-d, and {"value_clip_fraction"} with a clip, {} without.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown reduction, a normalizer <=
+            0.
+    """
+    op = "value_loss"
+    layout = check_layout(op, values, "values", mask, cu_seqlens)
+    form, x = _with_critic(op, Form(), Tokens(), loss, values, returns, old_values, 1.0)
+    return _reduced(op, form, x, layout, reduction, normalizer)
