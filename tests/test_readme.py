@@ -55,7 +55,7 @@ def test_python_blocks_run_and_print_what_the_page_shows(capsys: pytest.CaptureF
             assert kind == "text" and text == printed
             printed = ""
             n_printed += 1
-    assert (n_blocks, n_printed) == (4, 1)
+    assert (n_blocks, n_printed) == (5, 1)
 
     def reference(dtype: torch.dtype) -> torch.Tensor:
         hidden, weight = (names[name].detach().to(dtype) for name in ("hidden", "weight"))
