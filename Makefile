@@ -19,7 +19,6 @@ CXX := c++
 endif
 export CXX
 
-BENCHMARKS := $(basename $(notdir $(wildcard benchmarks/bench_*.py)))
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 # One stamp per choice of torch, so that another choice is installed.
@@ -45,9 +44,8 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(INSTALLED)  ## all benchmarks on the CPU; JSON files in benchmarks/results
-	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; \
-	  $(RUN) -m benchmarks.$$name --out benchmarks/results/$$name-cpu.json $(BENCH_ARGS); done
+bench: $(INSTALLED)  ## all benchmarks on the CPU; tables and plots in benchmarks/results/cpu
+	$(RUN) -m benchmarks.all --out benchmarks/results/cpu $(BENCH_ARGS)
 
 wheel-check: $(INSTALLED)  ## build sdist and wheel, and use the wheel in a fresh environment
 	PYTHON=$(RUN) TORCH='$(TORCH)' sh scripts/check_wheel.sh

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastalign as fa
-from benchmarks.timing import Run, arguments, medians, report
+from benchmarks.timing import Run, arguments, medians, report, share
 from fastalign.ops import gae
 
 SHAPES = [(64, 512), (256, 1024), (1024, 4096), (16, 131_072)]
@@ -65,7 +65,7 @@ def bench(rows: int, steps: int, options: Any) -> list[dict[str, Any]]:
     }
     if steps <= LONGEST_LOOP:
         runs |= {"reference": reference, "loop": lambda: loop(rewards, values)}
-    taken = medians(runs, device, options.repeats)
+    taken = medians(runs, device, options.repeats, share(options, len(options.shapes or SHAPES)))
     return [
         {
             "rows": rows,
@@ -86,7 +86,8 @@ def bench(rows: int, steps: int, options: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    rows = [row for shape in SHAPES for row in bench(*shape, options)]
+    shapes: list[tuple[int, int]] = options.shapes or SHAPES
+    rows = [row for shape in shapes for row in bench(*shape, options)]
     report(rows, options, {"dtype": options.dtype})
 
 

@@ -4,100 +4,83 @@
 
 Work: 1 product of 2 N H V FLOP forward; 3 with gradients when the logits are kept, 4 when they are
 computed again. "x GEMMs" is the time over that of 1 or 3 bare products on full-size tensors,
-measured in the same interleaved run. Rivals: log_softmax + gather on full logits with autograd, and
-TRL's ChunkedLogProbFunction where TRL is installed.
+measured in the same interleaved run. Rivals: benchmarks/peers.py. The columns are those of
+bench_linear_loss; "x fastalign" compares with linear_logprobs at its default workspace.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Run, arguments, medians, report
-from fastalign.ops import linear_logprobs
-from fastalign.testing import peaked_head
+from benchmarks import peers
+from benchmarks.head import BOTH, SHAPES, Candidate, Problem, at, bench, status
+from benchmarks.timing import arguments, report
+from fastalign.ops import linear_logprobs, plan
 
-SHAPES = {
-    "cpu": [(512, 512, 16_384), (1024, 512, 32_768)],
-    "cuda": [(8192, 2048, 32_768), (16_384, 4096, 128_256)],
-}
+LOGP, WITH_ENTROPY = "logp", "logp + entropy"
 
 
-def trl_logprobs() -> Any:
-    """TRL's chunked op, or None where TRL is not installed."""
-    try:
-        from trl.kernels import ChunkedLogProbFunction
-    except ModuleNotFoundError:
-        return None
-    return ChunkedLogProbFunction
+def own(task: str, what: str, parts: int | None = None, **passes: Any) -> Candidate:
+    """linear_logprobs by default, or with room for 1/parts of the logits."""
+    entropy = task == WITH_ENTROPY
 
-
-def bench(n: int, width: int, vocab: int, options: Any) -> list[dict[str, Any]]:
-    dtype = getattr(torch, options.dtype)
-    hidden, weight, targets = peaked_head(n, width, vocab, dtype=dtype, device=options.device)
-    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    g = torch.randn(n, device=options.device)
-    z, dh, dw = hidden.new_empty(n, vocab), torch.empty_like(hidden), torch.empty_like(weight)
-    small = max(64, n // 4) * vocab * dtype.itemsize
-
-    def gemms() -> None:
-        torch.mm(hidden, weight.t(), out=z)
-        torch.mm(z, weight, out=dh)
-        torch.mm(z.t(), hidden, out=dw)
-
-    def naive(x: Tensor, y: Tensor) -> Tensor:
-        return torch.log_softmax((x @ y.t()).float(), -1).gather(-1, targets[:, None])[:, 0]
-
-    def own(x: Tensor, y: Tensor, workspace: int | None = None) -> Tensor:
-        return linear_logprobs(x, y, targets, ignore_index=None, workspace=workspace)
-
-    def step(f: Any) -> Run:
-        return lambda: torch.autograd.grad(f(h, w), (h, w), g)
-
-    def forward(f: Any) -> Run:
-        return lambda: f(hidden, weight)
-
-    runs: dict[str, tuple[Run, int]] = {
-        "1 GEMM (ceiling)": (lambda: torch.mm(hidden, weight.t(), out=z), 1),
-        "forward": (forward(own), 1),
-        "forward, log_softmax + gather": (forward(naive), 1),
-        "3 GEMMs (ceiling)": (gemms, 3),
-        "both, logits kept": (step(lambda x, y: own(x, y, n * vocab * dtype.itemsize)), 3),
-        "both, recomputed": (step(lambda x, y: own(x, y, small)), 3),
-        "both, log_softmax + gather": (step(naive), 3),
-    }
-    chunked = trl_logprobs()
-    if chunked is not None:
-        runs["both, TRL ChunkedLogProbFunction"] = (
-            step(lambda x, y: chunked.apply(x, y, None, targets, 1.0, 8192, None, 1.0, ())[0]),
-            3,
+    def run(hidden: Tensor, weight: Tensor, problem: Problem) -> tuple[Tensor, ...]:
+        logits = hidden.shape[0] * weight.shape[0] * hidden.element_size()
+        out = linear_logprobs(
+            hidden,
+            weight,
+            problem.targets,
+            ignore_index=None,
+            return_entropy=entropy,
+            workspace=None if parts is None else logits // parts,
         )
-    taken = medians({k: run for k, (run, _) in runs.items()}, options.device, options.repeats)
-    ceilings = {1: taken["1 GEMM (ceiling)"], 3: taken["3 GEMMs (ceiling)"]}
-    return [
-        {
-            "N": n,
-            "H": width,
-            "V": vocab,
-            "what": name,
-            "ms": 1e3 * taken[name],
-            "TFLOP/s": count * 2 * n * width * vocab / taken[name] / 1e12,
-            "x GEMMs": taken[name] / ceilings[count],
-        }
-        for name, (_, count) in runs.items()
-    ]
+        return (out,) if isinstance(out, Tensor) else out
+
+    return Candidate(task, what, "fastalign", run, **passes)
 
 
-def main() -> None:
+def rival(task: str, loaded: peers.Loaded) -> Candidate:
+    def run(hidden: Tensor, weight: Tensor, problem: Problem) -> tuple[Tensor, ...]:
+        logp, entropy = loaded.function(hidden, weight, problem.targets)
+        return (logp, entropy) if task == WITH_ENTROPY else (logp,)
+
+    return Candidate(task, loaded.peer.name, loaded.peer.package, run)
+
+
+def candidates_on(device: str, without: list[str]) -> tuple[list[Candidate], dict[str, str]]:
+    tokens, absent = peers.load(peers.TOKENS, device, without)
+    found = []
+    for task in (LOGP, WITH_ENTROPY):
+        found += [
+            own(task, "linear_logprobs"),
+            own(task, "linear_logprobs, logits kept", 1, passes=(BOTH,)),
+            own(task, "linear_logprobs, recomputed", 4, passes=(BOTH,)),
+        ]
+        found += [rival(task, r) for r in tokens if r.peer.entropy == (task == WITH_ENTROPY)]
+    return found, absent
+
+
+def main() -> int:
     options = arguments(__doc__).parse_args()
-    rows = []
-    for shape in SHAPES[options.device]:
-        rows += bench(*shape, options)
-    trl = "measured" if trl_logprobs() is not None else "not installed: not measured"
-    report(rows, options, {"dtype": options.dtype, "TRL": trl})
+    truth = peers.Loaded(peers.Peer("float64", "torch", lambda: peers.naive), peers.naive)
+    truths = {task: rival(task, truth) for task in (LOGP, WITH_ENTROPY)}
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    dtype = getattr(torch, options.dtype)
+    for shape in options.shapes or SHAPES[options.device]:
+        candidates, absent = candidates_on(options.device, options.without)
+        print(plan(*shape, op="linear_logprobs", dtype=dtype, device=options.device))
+        found, failed = bench(shape, candidates, truths, options)
+        rows += found
+        failures |= at(shape, failed)
+        notes = {"dtype": options.dtype, "absent": absent, "failed": failures}
+        report(rows, options, notes, ratio="x GEMMs")
+    return status(failures)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
