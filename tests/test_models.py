@@ -165,8 +165,17 @@ def test_gradients_of_a_step_equal_those_of_a_padded_batch(loss):
         assert_no_worse(got, plain, true, torch.float32, grad=True)
 
 
-def test_a_forward_pass_never_reads_the_device():
-    """Fake tensors hold nothing: whatever would make the host wait for CUDA is an error."""
+def test_a_forward_pass_never_reads_the_device(monkeypatch):
+    """Fake tensors hold nothing: whatever would make the host wait for CUDA is an error. The loss
+    head, an op of its own, is told that no row is to be dropped."""
+    ignored = []
+    plain = ops.linear_logprobs
+
+    def head(*tensors, ignore_index=-100, **options):
+        ignored.append(ignore_index)
+        return plain(*tensors, ignore_index=ignore_index, **options)
+
+    monkeypatch.setattr(ops, "linear_logprobs", head)
     policy = Policy(llama(), value_head=True)
     ensemble = RewardEnsemble(llama().model, EnsembleConfig(n_heads=3))
     mode = FakeTensorMode()
@@ -175,6 +184,7 @@ def test_a_forward_pass_never_reads_the_device():
     with mode:
         logp, entropy = policy.logprobs(packed, return_entropy=True)
         assert entropy is not None and logp.shape == entropy.shape == (12,)
+        assert policy.logprobs(packed)[0].shape == (12,) and ignored == [None, None]
         assert policy.values(policy.response_hidden(packed)).shape == (12,)
         assert ensemble(packed).shape == (4, 3)
         with pytest.raises(DataDependentOutputException):

@@ -150,6 +150,15 @@ def test_a_tokenizer_that_has_the_string_as_a_piece():
         assert tokenizer.eos_token_id not in ids and len(ids) > 8
     shown = tokenizer.decode(plain.prompt).replace(" ", "")
     assert shown.startswith("hello<") and shown.endswith("world")
+    # One that sets BOS and EOS around every text sets its BOS once, and no EOS in the middle.
+    from tokenizers.processors import TemplateProcessing
+
+    bos, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A </s>", special_tokens=[("<pad>", bos), ("</s>", eos)]
+    )
+    (again,), _ = complete(tokenizer, ("hello</s>world", " words </s> text"))
+    assert (again.prompt, again.completion) == ([bos, *plain.prompt], plain.completion)
 
 
 @pytest.mark.parametrize("ending", ["<|im_end|>", "<|im_end|><|im_end|>", "<|im_end|>\n"])

@@ -346,7 +346,7 @@ def train(config: APAConfig) -> Path:
         if start == 0:
             evaluations.before = judged()
             run.log(0, "eval", evaluations.before.numbers)
-            torch.manual_seed(config.seed)
+            torch.manual_seed(stream(config.seed, "sampling").initial_seed())
         for step in range(start + 1, config.steps + 1):
             began = time.perf_counter()
             chosen = choose_prompts(len(prompts), config, step)
