@@ -2,7 +2,9 @@
 cut to them, and with its derivatives.
 
 Everything here is work on vectors of one number per token; the slabs of logits are the business of
-fastalign/ops/linear_loss_walk.py.
+fastalign/ops/linear_loss_walk.py. A loss object that fastalign/ops/policy_loss.py knows gives values
+and derivatives in one launch, in place of a few dozen by autograd; any other callable goes through
+autograd.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.ops.policy_loss import fused, policy_loss_terms
 from fastalign.ops.slab import Groups, Rows
 
 Loss = Callable[..., Tensor]
@@ -80,6 +83,7 @@ class LossCall:
         self.total = torch.zeros((), dtype=like.dtype, device=like.device)
         self.learned = {name: torch.zeros_like(inputs[name]) for name in learned}
         self.statistics: dict[str, Tensor] = {}
+        self.fused = fused(loss) and groups is None and not learned
 
     def __call__(self, start: int, stop: int, unit: Range, stats: dict[str, Tensor]) -> Derivatives:
         """Adds the loss of the kept rows start..stop to ``total``; returns its derivatives.
@@ -92,6 +96,8 @@ class LossCall:
         if self.groups is not None:
             first, last = unit
             cut["cu_seqlens"] = self.groups.tensor[first : last + 1] - self.groups.tensor[first]
+        elif self.fused:
+            return self._fused(stats, cut)
         logp, entropy = stats["logp"].clone(), stats["entropy"].clone()
         leaves = [logp, entropy]
         if "kl" in stats:
@@ -119,6 +125,16 @@ class LossCall:
                 self._accumulate(name, grad, start, stop, unit)
         g = torch.zeros_like(logp) if grads[0] is None else grads[0]
         return Derivatives(g, grads[1], grads[2] if n_stats > 2 else None)
+
+    def _fused(self, stats: dict[str, Tensor], cut: dict[str, Any]) -> Derivatives:
+        """Values and derivatives by one kernel."""
+        logp, entropy = stats["logp"], stats["entropy"]
+        if "ref_logp" in stats:
+            cut["ref_logp"] = stats["ref_logp"]
+        values, g, e = policy_loss_terms(self.loss, logp, entropy, cut)
+        self.total += values.sum(dtype=self.total.dtype) / self.normalizer
+        self._collect_statistics(logp, entropy, cut)
+        return Derivatives(g / self.normalizer, None if e is None else e / self.normalizer, None)
 
     def _check(self, values: Any, expected: tuple[int]) -> None:
         if isinstance(values, Tensor) and values.shape == expected:
