@@ -12,7 +12,8 @@ So the forward pass already forms the gradients: three matrix products, where re
 takes four. The backward pass only multiplies by the upstream gradient.
 
 fastalign/ops/linear_loss_walk.py walks the slabs, linear_loss_call.py calls the loss, slab.py holds
-the products, plan.py the choice of slabs. The row kernels are those of token_logprobs and token_kl.
+the products, plan.py the choice of slabs. The row kernels are those of token_logprobs and token_kl
+(csrc/token_logprobs.cpp, kernels/token_logprobs.py), the loss objects' is policy_loss's.
 
 Tests: tests/test_linear_loss.py. Benchmark: benchmarks/bench_linear_loss.py.
 """
