@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Run, arguments, medians, peak_bytes, report
+from benchmarks.timing import Run, arguments, medians, peak_bytes, report, share
 from fastalign.ops import linear_kl
 from fastalign.testing import peaked_head
 
@@ -69,7 +69,9 @@ def bench(n: int, width: int, vocab: int, options: Any) -> list[dict[str, Any]]:
         "both, recomputed": (step(lambda x, y: own(x, y, small)), 4),
         "both, two log_softmax": (step(naive), 4),
     }
-    taken = medians({k: run for k, (run, _) in runs.items()}, options.device, options.repeats)
+    limit = share(options, len(options.shapes or SHAPES[options.device]))
+    only = {k: run for k, (run, _) in runs.items()}
+    taken = medians(only, options.device, options.repeats, limit)
     ceilings = {2: taken["2 GEMMs (ceiling)"], 4: taken["4 GEMMs (ceiling)"]}
     rows = []
     for name, (run, count) in runs.items():
@@ -92,7 +94,7 @@ def bench(n: int, width: int, vocab: int, options: Any) -> list[dict[str, Any]]:
 def main() -> None:
     options = arguments(__doc__).parse_args()
     rows = []
-    for shape in SHAPES[options.device]:
+    for shape in options.shapes or SHAPES[options.device]:
         rows += bench(*shape, options)
     report(rows, options, {"dtype": options.dtype})
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastalign as fa
-from benchmarks.timing import Run, arguments, medians, report
+from benchmarks.timing import Run, arguments, medians, report, share
 from fastalign.losses import APA, PPO, ValueLoss
 
 SIZES = [16_384, 1_048_576]
@@ -157,7 +157,8 @@ def bench(case: str, n: int, options: Any) -> list[dict[str, Any]]:
     for name, f in plain.items():
         runs[f"eager{name}"] = with_backward(f, b, leaves)
         runs[f"torch.compile{name}"] = with_backward(torch.compile(f), b, leaves)
-    taken = medians(runs, options.device, options.repeats)
+    limit = share(options, len(CASES) * len(SIZES))
+    taken = medians(runs, options.device, options.repeats, limit)
     return [
         {
             "case": case,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Run, arguments, medians, report
+from benchmarks.timing import Run, arguments, medians, report, share
 from fastalign.ops import token_kl
 from fastalign.testing import peaked_logits
 
@@ -57,7 +57,9 @@ def bench(n: int, vocab: int, options: Any) -> list[dict[str, Any]]:
         "both, two log_softmax": (both(log_softmax_sum), 5 * size),
         "both, kl_div": (both(kl_div), 5 * size),
     }
-    taken = medians({k: run for k, (run, _) in runs.items()}, options.device, options.repeats)
+    limit = share(options, len(options.shapes or SHAPES[options.device]))
+    only = {k: run for k, (run, _) in runs.items()}
+    taken = medians(only, options.device, options.repeats, limit)
     ceiling = 2 * size / taken["copy (ceiling)"]
     rivals = {k: f"{k}, two log_softmax" for k in ("forward", "both")}
     return [
@@ -78,7 +80,7 @@ def bench(n: int, vocab: int, options: Any) -> list[dict[str, Any]]:
 def main() -> None:
     options = arguments(__doc__).parse_args()
     rows = []
-    for shape in SHAPES[options.device]:
+    for shape in options.shapes or SHAPES[options.device]:
         rows += bench(*shape, options)
     report(rows, options, {"dtype": options.dtype})
 
