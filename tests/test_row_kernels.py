@@ -236,6 +236,21 @@ def test_rows_further_apart_than_32_bits(backend: str) -> None:
             assert torch.equal(dx.reshape(3, 40), expected)
 
 
+def test_rows_that_begin_anywhere_are_not_read_16_bytes_at_once() -> None:
+    """On a processor a wrong answer here is a misaligned address; the interpreter would not see."""
+    from fastalign.kernels.token_logprobs import has_aligned_rows
+
+    assert has_aligned_rows(torch.zeros(3, 5, 32)[:, 1:], torch.zeros(15, 48))
+    for x in (
+        torch.zeros(5, 64)[:, :17],  # V
+        torch.zeros(5, 40)[:, :32],  # the stride of rows
+        torch.zeros(3000).as_strided((3, 5, 32), (1000, 32, 1)),  # of batches
+        torch.zeros(161)[1:].view(5, 32),  # where the first row begins
+    ):
+        assert not has_aligned_rows(x)
+        assert not has_aligned_rows(torch.zeros(3, 5, 32), x)
+
+
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_debug_names_the_wrong_target(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = peaked_logits(4, 7, device=device_of(backend))
