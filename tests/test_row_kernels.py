@@ -18,6 +18,7 @@ from torch import Tensor
 import fastalign as fa
 from fastalign.ops.token_logprobs import dlogits, row_stats
 from fastalign.testing import (
+    LAST_DIGITS,
     adversarial_logits,
     assert_as_precise,
     assert_no_worse,
@@ -183,12 +184,29 @@ def check_every_narrow_number() -> None:
             assert torch.equal(row_max, numbers.float())
 
 
+def check_exponentials() -> None:
+    """p = exp(u): four units in the last place near 1, exactly 1 at 0 and 0 at -infinity."""
+    u = torch.cat((torch.linspace(-1.0, 0.0, 4096), torch.tensor([-100.0, float("-inf"), 0.0])))
+    zero = torch.zeros(1)
+    args = (u[None], torch.tensor([len(u) - 1]), torch.ones(1), 0.0, -100, *[zero] * 4)
+    with fa.backend("cpp"):
+        p = dlogits(-torch.ones(1), None, *args)[0]
+    near = slice(0, 4096)
+    assert (p[near] / u[near].double().exp() - 1.0).abs().max() <= 2.0 * LAST_DIGITS
+    assert p[4095] == 1.0 and p[4096] == 0.0 and p[4097] == 0.0
+
+
 def check_values() -> None:
+    check_exponentials()
     for dtype in DTYPES:
         compare("cpp", *peaked_logits(4, 1031, dtype=dtype), 0.7, 5.0)
         compare("cpp", *peaked_logits(2, 9001, dtype=dtype), 1.0)
         for logits, targets in adversarial_logits(75, dtype).values():
             compare("cpp", logits, targets, 1.0)
+
+
+def test_exponentials() -> None:
+    check_exponentials()
 
 
 def test_every_narrow_number() -> None:
