@@ -1,7 +1,8 @@
 """Row kernels on two models' logits [N, V] or [B, T, V]; formulas: fastalign/ops/token_kl.py.
 
-``_kl_stats_kernel``: one program per row, one read of both rows (online: the sums are shifted with
-every new maximum).
+``_kl_parts_kernel``: one program per row and block of columns: both maxima and the sums below them.
+``_kl_stats_kernel``: one program per row puts the blocks together. Both models' logits are read
+once. Rows are cut by V alone, for the reasons of kernels/token_logprobs.py.
 ``_kl_dlogits_kernel``: one program per row and block of columns, one read of both and one write, in
 place or not.
 """
@@ -14,19 +15,33 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign.kernels._device import expm1_near, one_minus_exp, soft_capped
-from fastalign.kernels.token_logprobs import dense_rows, steps_and_strides
+from fastalign.kernels.token_logprobs import (
+    GENERIC,
+    _columns,
+    _row_at,
+    dense_rows,
+    has_aligned_rows,
+    steps_and_strides,
+)
 
-STATS_BLOCK, STATS_WARPS = 2048, 8
+# 16 logits of each model per thread, all loaded at once.
+STATS_BLOCK, STATS_WARPS = 4096, 8
+PARTS_BLOCK, PARTS_WARPS = 64, 1
 DLOGITS_BLOCK, DLOGITS_WARPS = 2048, 4
+PARTS = 7
 
-
-@triton.jit
-def _shift_and_step(m, m_new, inverse_temperature):
-    """What to subtract under a running maximum, and by how much sums under the old one move."""
-    # While every column so far is -inf there is no maximum to shift by: any finite shift will do.
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    step = tl.where(m == float("-inf"), 0.0, (m - shift) * inverse_temperature)
-    return shift, step
+KL_GENERIC = {
+    "do_not_specialize": [*GENERIC["do_not_specialize"], "stride_ref_b", "stride_ref_t"],
+    "do_not_specialize_on_alignment": [
+        *GENERIC["do_not_specialize_on_alignment"],
+        "ref_ptr",
+        "grad_kl_ptr",
+        "kl_ptr",
+        "ref_logp_ptr",
+        "ref_row_max_ptr",
+        "mean_gap_ptr",
+    ],
+}
 
 
 @triton.jit
@@ -42,12 +57,78 @@ def _log1p_near(x):
     return 2.0 * z * (1.0 + z2 * series)
 
 
-@triton.jit(do_not_specialize=["steps", "stride_temperature", "ignore_index"])
-def _kl_stats_kernel(
+@triton.jit(**KL_GENERIC)
+def _kl_parts_kernel(
     logits_ptr,  # [N / steps, steps, V]
     ref_ptr,  # the same shape
     targets_ptr,  # [N] int64
     temperature_ptr,  # [1] or [N] float32
+    parts_ptr,  # [N, 7, blocks] float32, as stored below; not written for ignored rows
+    vocab: tl.int32,
+    steps: tl.int32,
+    stride_logits_b: tl.int64,
+    stride_logits_t: tl.int64,
+    stride_ref_b: tl.int64,
+    stride_ref_t: tl.int64,
+    stride_temperature: tl.int32,
+    softcap,
+    ignore_index: tl.int64,
+    BLOCK_V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIGNED_ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    if tl.load(targets_ptr + row) == ignore_index:
+        return
+    inverse_temperature = 1.0 / tl.load(temperature_ptr + row * stride_temperature)
+    x_ptr = _row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
+    y_ptr = _row_at(ref_ptr, row, steps, stride_ref_b, stride_ref_t, HAS_ALIGNED_ROWS)
+    columns, inside = _columns(vocab, block, BLOCK_V, HAS_ALIGNED_ROWS)
+    u = tl.load(x_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    v = tl.load(y_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    if HAS_SOFTCAP:
+        u = tl.where(inside, soft_capped(u, softcap), float("-inf"))
+        v = tl.where(inside, soft_capped(v, softcap), float("-inf"))
+    m = tl.max(u, 0)
+    ref_m = tl.max(v, 0)
+    # Where every column is -inf there is no maximum to shift by: any finite shift will do.
+    s = (u - tl.where(m == float("-inf"), 0.0, m)) * inverse_temperature
+    s = tl.where(s < -200.0, -200.0, s)  # a finite s keeps 0 * s from being NaN; NaN stays
+    t = (v - tl.where(ref_m == float("-inf"), 0.0, ref_m)) * inverse_temperature
+    p = tl.exp(s)
+    r = tl.exp(t)
+    d = t - s
+    blocks = tl.num_programs(1)
+    part_ptr = parts_ptr + (row * 7 * blocks + block)
+    tl.store(part_ptr, m)
+    tl.store(part_ptr + blocks, ref_m)
+    tl.store(part_ptr + 2 * blocks, tl.sum(p, 0))
+    tl.store(part_ptr + 3 * blocks, tl.sum(p * s, 0))
+    tl.store(part_ptr + 4 * blocks, tl.sum(r, 0))
+    tl.store(part_ptr + 5 * blocks, tl.sum(tl.where(p == 0.0, 0.0, p * d), 0))
+    # e^t - e^s, with all digits where d is small.
+    excess = tl.where(tl.abs(d) < 0.5, p * expm1_near(d), r - p)
+    tl.store(part_ptr + 6 * blocks, tl.sum(excess, 0))
+
+
+@triton.jit
+def _highest(part_ptr, blocks, BLOCK_PARTS: tl.constexpr):
+    """The maximum of the parts' maxima."""
+    highest = tl.full([BLOCK_PARTS], float("-inf"), tl.float32)
+    for start in range(0, blocks, BLOCK_PARTS):
+        at = start + tl.arange(0, BLOCK_PARTS)
+        highest = tl.maximum(highest, tl.load(part_ptr + at, mask=at < blocks, other=float("-inf")))
+    return tl.max(highest, 0)
+
+
+@triton.jit(**KL_GENERIC)
+def _kl_stats_kernel(
+    logits_ptr,  # as in _kl_parts_kernel
+    ref_ptr,
+    targets_ptr,
+    temperature_ptr,
+    parts_ptr,
     logp_ptr,  # [N] float32, as all below
     entropy_ptr,
     row_max_ptr,
@@ -56,16 +137,17 @@ def _kl_stats_kernel(
     ref_logp_ptr,
     ref_row_max_ptr,
     mean_gap_ptr,
-    vocab,
-    steps,
-    stride_logits_b,
-    stride_logits_t,
-    stride_ref_b,
-    stride_ref_t,
-    stride_temperature,
+    vocab: tl.int32,
+    steps: tl.int32,
+    stride_logits_b: tl.int64,
+    stride_logits_t: tl.int64,
+    stride_ref_b: tl.int64,
+    stride_ref_t: tl.int64,
+    stride_temperature: tl.int32,
     softcap,
-    ignore_index,
+    ignore_index: tl.int64,
     BLOCK_V: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -81,51 +163,41 @@ def _kl_stats_kernel(
         tl.store(mean_gap_ptr + row, 0.0)
         return
     temperature = tl.load(temperature_ptr + row * stride_temperature)
-    inverse_temperature = 1.0 / temperature
-    x_ptr = logits_ptr + row // steps * stride_logits_b + row % steps * stride_logits_t
-    y_ptr = ref_ptr + row // steps * stride_ref_b + row % steps * stride_ref_t
-    m = float("-inf")
-    ref_m = float("-inf")
-    sums = tl.zeros([BLOCK_V], tl.float32)  # of e^s
-    dots = tl.zeros([BLOCK_V], tl.float32)  # of e^s s
-    ref_sums = tl.zeros([BLOCK_V], tl.float32)  # of e^t
-    gaps = tl.zeros([BLOCK_V], tl.float32)  # of e^s d, with d = t - s
-    excess = tl.zeros([BLOCK_V], tl.float32)  # of e^t - e^s
-    for start in range(0, vocab, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        inside = columns < vocab
-        u = tl.load(x_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        v = tl.load(y_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        if HAS_SOFTCAP:
-            u = tl.where(inside, soft_capped(u, softcap), float("-inf"))
-            v = tl.where(inside, soft_capped(v, softcap), float("-inf"))
-        m_new = tl.maximum(m, tl.max(u, 0))
-        ref_m_new = tl.maximum(ref_m, tl.max(v, 0))
-        shift, step = _shift_and_step(m, m_new, inverse_temperature)
-        ref_shift, ref_step = _shift_and_step(ref_m, ref_m_new, inverse_temperature)
+    blocks = tl.cdiv(vocab, BLOCK_V)
+    part_ptr = parts_ptr + row * 7 * blocks
+    m = _highest(part_ptr, blocks, BLOCK_PARTS)
+    ref_m = _highest(part_ptr + blocks, blocks, BLOCK_PARTS)
+    sums = tl.zeros([BLOCK_PARTS], tl.float32)
+    dots = tl.zeros([BLOCK_PARTS], tl.float32)
+    ref_sums = tl.zeros([BLOCK_PARTS], tl.float32)
+    gaps = tl.zeros([BLOCK_PARTS], tl.float32)
+    excess = tl.zeros([BLOCK_PARTS], tl.float32)
+    for start in range(0, blocks, BLOCK_PARTS):
+        at = start + tl.arange(0, BLOCK_PARTS)
+        known = at < blocks
+        part_max = tl.load(part_ptr + at, mask=known, other=float("-inf"))
+        part_ref_max = tl.load(part_ptr + blocks + at, mask=known, other=float("-inf"))
+        part_sum = tl.load(part_ptr + 2 * blocks + at, mask=known, other=0.0)
+        part_dot = tl.load(part_ptr + 3 * blocks + at, mask=known, other=0.0)
+        part_ref_sum = tl.load(part_ptr + 4 * blocks + at, mask=known, other=0.0)
+        part_gap = tl.load(part_ptr + 5 * blocks + at, mask=known, other=0.0)
+        part_excess = tl.load(part_ptr + 6 * blocks + at, mask=known, other=0.0)
+        # What is added to s and t when a part's shift becomes the row's; nothing to shift at -inf.
+        step = tl.where(part_max == float("-inf"), 0.0, (part_max - m) / temperature)
+        ref_step = tl.where(
+            part_ref_max == float("-inf"), 0.0, (part_ref_max - ref_m) / temperature
+        )
+        turn = ref_step - step
         decay = tl.exp(step)
         ref_decay = tl.exp(ref_step)
-        turn = ref_step - step
-        near = decay * (excess + expm1_near(turn) * ref_sums)
-        far = ref_decay * ref_sums - decay * sums
-        excess = tl.where(tl.abs(turn) < 0.5, near, far)
-        gaps = decay * (gaps + turn * sums)
-        dots = decay * (dots + step * sums)
-        sums *= decay
-        ref_sums *= ref_decay
-        s = (u - shift) * inverse_temperature
-        s = tl.where(s < -200.0, -200.0, s)  # a finite s keeps 0 * s from being NaN; NaN stays
-        t = (v - ref_shift) * inverse_temperature
-        p = tl.exp(s)
-        r = tl.exp(t)
-        d = t - s
-        sums += p
-        dots += p * s
-        ref_sums += r
-        gaps += tl.where(p == 0.0, 0.0, p * d)
-        excess += tl.where(tl.abs(d) < 0.5, p * expm1_near(d), r - p)
-        m = m_new
-        ref_m = ref_m_new
+        sums += decay * part_sum
+        dots += decay * (part_dot + step * part_sum)
+        ref_sums += ref_decay * part_ref_sum
+        # A part that fades to p = 0 adds nothing, even where its r is 0 and its gap infinite.
+        gaps += tl.where(decay == 0.0, 0.0, decay * (part_gap + turn * part_sum))
+        near = decay * (part_excess + expm1_near(turn) * part_ref_sum)
+        far = ref_decay * part_ref_sum - decay * part_sum
+        excess += tl.where(tl.abs(turn) < 0.5, near, far)
     total = tl.sum(sums, 0)
     ref_total = tl.sum(ref_sums, 0)
     log_sum = tl.log(total)
@@ -137,6 +209,8 @@ def _kl_stats_kernel(
     mean_gap = tl.sum(gaps, 0) / total
     # A target outside the row reads nothing and gives NaN: wrong input must not look like a number.
     known = (target >= 0) & (target < vocab)
+    x_ptr = _row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, False)
+    y_ptr = _row_at(ref_ptr, row, steps, stride_ref_b, stride_ref_t, False)
     at_target = tl.load(x_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     ref_at_target = tl.load(y_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
@@ -152,7 +226,7 @@ def _kl_stats_kernel(
     tl.store(mean_gap_ptr + row, mean_gap)
 
 
-@triton.jit(do_not_specialize=["steps", "stride_temperature", "ignore_index"])
+@triton.jit(**KL_GENERIC)
 def _kl_dlogits_kernel(
     grad_logp_ptr,  # [N] float32
     grad_entropy_ptr,  # [N] float32, not read without HAS_ENTROPY
@@ -169,23 +243,23 @@ def _kl_dlogits_kernel(
     ref_row_max_ptr,
     mean_gap_ptr,
     out_ptr,  # [N, V] contiguous, may be logits
-    vocab,
-    steps,
-    stride_logits_b,
-    stride_logits_t,
-    stride_ref_b,
-    stride_ref_t,
-    stride_temperature,
+    vocab: tl.int32,
+    steps: tl.int32,
+    stride_logits_b: tl.int64,
+    stride_logits_t: tl.int64,
+    stride_ref_b: tl.int64,
+    stride_ref_t: tl.int64,
+    stride_temperature: tl.int32,
     softcap,
-    ignore_index,
+    ignore_index: tl.int64,
     BLOCK_V: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_ALIGNED_ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = columns < vocab
-    out = out_ptr + row * vocab + columns
+    columns, inside = _columns(vocab, tl.program_id(1), BLOCK_V, HAS_ALIGNED_ROWS)
+    out = _row_at(out_ptr, row, 1, vocab, 0, HAS_ALIGNED_ROWS) + columns
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
         tl.store(out, tl.zeros([BLOCK_V], out_ptr.dtype.element_ty), mask=inside)
@@ -200,8 +274,8 @@ def _kl_dlogits_kernel(
     endless = tl.load(kl_ptr + row) == float("inf")
     k = tl.where(endless, 0.0, k)
     mean_gap = tl.where(endless, 0.0, tl.load(mean_gap_ptr + row))
-    x_ptr = logits_ptr + row // steps * stride_logits_b + row % steps * stride_logits_t
-    y_ptr = ref_ptr + row // steps * stride_ref_b + row % steps * stride_ref_t
+    x_ptr = _row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
+    y_ptr = _row_at(ref_ptr, row, steps, stride_ref_b, stride_ref_t, HAS_ALIGNED_ROWS)
     u = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(y_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
@@ -226,6 +300,19 @@ def _kl_dlogits_kernel(
     tl.store(out, dz.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def _sizes(
+    logits: Tensor, ref_logits: Tensor, temperature: Tensor, softcap: float, ignore_index: int
+) -> tuple[float, ...]:
+    return (
+        logits.shape[-1],
+        *steps_and_strides(logits),
+        *steps_and_strides(ref_logits)[1:],
+        0 if temperature.numel() == 1 else 1,
+        softcap,
+        ignore_index,
+    )
+
+
 def kl_stats_fwd(
     logits: Tensor,
     ref_logits: Tensor,
@@ -236,29 +323,31 @@ def kl_stats_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits, ref_logits = dense_rows(logits), dense_rows(ref_logits)
     targets, temperature = targets.contiguous(), temperature.contiguous()
-    n, vocab = targets.numel(), logits.shape[-1]
+    n, blocks = targets.numel(), triton.cdiv(logits.shape[-1], STATS_BLOCK)
+    parts = torch.empty(n, PARTS, blocks, dtype=torch.float32, device=logits.device)
     a, b, c, d, e, f, g, h = (
         torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(8)
     )
+    rows = (logits, ref_logits, targets, temperature, parts)
+    sizes = _sizes(logits, ref_logits, temperature, softcap, ignore_index)
     if n > 0:
-        steps, *strides = steps_and_strides(logits)
         with torch.cuda.device_of(logits):
-            _kl_stats_kernel[(n,)](
-                logits,
-                ref_logits,
-                targets,
-                temperature,
-                *(a, b, c, d, e, f, g, h),
-                vocab,
-                steps,
-                *strides,
-                *steps_and_strides(ref_logits)[1:],
-                0 if temperature.numel() == 1 else 1,
-                softcap,
-                ignore_index,
+            _kl_parts_kernel[(n, blocks)](
+                *rows,
+                *sizes,
                 BLOCK_V=STATS_BLOCK,
                 HAS_SOFTCAP=softcap != 0.0,
+                HAS_ALIGNED_ROWS=has_aligned_rows(logits, ref_logits),
                 num_warps=STATS_WARPS,
+            )
+            _kl_stats_kernel[(n,)](
+                *rows,
+                *(a, b, c, d, e, f, g, h),
+                *sizes,
+                BLOCK_V=STATS_BLOCK,
+                BLOCK_PARTS=PARTS_BLOCK,
+                HAS_SOFTCAP=softcap != 0.0,
+                num_warps=PARTS_WARPS,
             )
     return a, b, c, d, e, f, g, h
 
@@ -288,7 +377,6 @@ def kl_dlogits_fwd(
     if n == 0:
         return
     stats = (logp, entropy, row_max, log_sum, kl, ref_row_max, mean_gap)
-    steps, *strides = steps_and_strides(logits)
     with torch.cuda.device_of(logits):
         _kl_dlogits_kernel[(n, triton.cdiv(vocab, DLOGITS_BLOCK))](
             grad_logp.contiguous(),
@@ -300,15 +388,10 @@ def kl_dlogits_fwd(
             temperature,
             *(x.contiguous() for x in stats),
             out,
-            vocab,
-            steps,
-            *strides,
-            *steps_and_strides(ref_logits)[1:],
-            0 if temperature.numel() == 1 else 1,
-            softcap,
-            ignore_index,
+            *_sizes(logits, ref_logits, temperature, softcap, ignore_index),
             BLOCK_V=DLOGITS_BLOCK,
             HAS_SOFTCAP=softcap != 0.0,
             HAS_ENTROPY=grad_entropy is not None,
+            HAS_ALIGNED_ROWS=has_aligned_rows(logits, ref_logits, out),
             num_warps=DLOGITS_WARPS,
         )

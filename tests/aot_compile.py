@@ -123,6 +123,7 @@ def main() -> None:
     report["rows of any shape"] = distinct(aot_launches.rows_of_any_shape())
     report["feature sets of rows"] = feature_sets(aot_launches.rows_of_any_shape())
     report["kl of any shape"] = distinct(aot_launches.kl_of_any_shape())
+    report["feature sets of kl"] = feature_sets(aot_launches.kl_of_any_shape())
     report["gae of any shape"] = distinct(aot_launches.gae_of_any_shape())
     report["policy loss of any size"] = distinct(aot_launches.policy_loss_of_any_size())
     json.dump(report, sys.stdout)

@@ -168,14 +168,26 @@ def _rows(
 
 
 def kl_of_any_shape() -> Iterator[Launch]:
-    """50 random shapes [N, V], float and per-token temperatures: only whether V is a multiple of 16
-    may matter."""
+    """50 random shapes, slices of a batch beside dense references: only dtype, soft-cap and rows
+    that are multiples of 16 may matter."""
     generator = torch.Generator().manual_seed(3)
     for i in range(50):
-        n = int(torch.randint(2, 3000, (), generator=generator))
-        vocab = int(torch.randint(2, 5000, (), generator=generator))
-        vocab += -vocab % 16 if i % 3 == 0 else 0
-        yield partial(_kl_stats_only, n, vocab, i % 2 == 0, -100 + i % 3)
+        batch, steps, sixteens = torch.randint(2, 40, (3,), generator=generator).tolist()
+        vocab = 16 * sixteens + (0 if i % 2 == 0 else 1 + i % 15)
+        dtype = (torch.float32, torch.bfloat16)[i // 2 % 2]
+        logits = torch.empty(batch, steps, vocab, dtype=dtype, device="meta")[:, 1:]
+        yield partial(_kl_rows, logits, i % 3 == 0, (30.0 if i // 4 % 2 else 0.0, -100 + i % 3))
+
+
+def _kl_rows(logits: Tensor, per_token: bool, settings: tuple[float, int]) -> None:
+    n = logits[..., 0].numel()
+    numbers = torch.empty(9, n, device="meta")
+    temperature = numbers[0] if per_token else torch.ones(1, device="meta")
+    targets = torch.zeros(n + 1, dtype=torch.int64, device="meta")[1:]
+    ref_logits, out = logits.contiguous(), logits.contiguous()
+    kl_stats_fwd(logits, ref_logits, targets, temperature, *settings)
+    g, *stats = numbers[1:]
+    kl_dlogits_fwd(out, g, g, g, logits, ref_logits, targets, temperature, *settings, *stats)
 
 
 def gae_of_any_shape() -> Iterator[Launch]:
@@ -187,10 +199,3 @@ def gae_of_any_shape() -> Iterator[Launch]:
         rows = int(torch.randint(1, 20, (), generator=generator)) + (0 if few else 128)
         steps = int(torch.randint(1, 300, (), generator=generator)) + (4096 if few else 0)
         yield partial(gae, rows, steps, i % 4 < 2)
-
-
-def _kl_stats_only(n: int, vocab: int, per_token: bool, ignore_index: int) -> None:
-    logits = torch.empty(n, vocab, dtype=torch.bfloat16)
-    temperature = torch.ones(n if per_token else 1)
-    targets = torch.zeros(n, dtype=torch.int64)
-    kl_stats_fwd(logits, logits, targets, temperature, 0.0, ignore_index)

@@ -262,6 +262,19 @@ def test_what_the_reference_excludes(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_an_excluded_token_that_fades(backend: str) -> None:
+    """p > 0 with r = 0 as far as one block goes, but p = 0 beside a later block's maximum."""
+    logits, targets = peaked_logits(2, 9000)
+    ref_logits = reference_of(logits)
+    ref_logits[0, 17] = ref_logits[1, 17] = float("-inf")
+    logits[0, 8500] = 400.0
+    kl = run(backend, logits, ref_logits, targets, torch.ones(1))[2]
+    log_r = torch.log_softmax(ref_logits[0].double(), -1)
+    assert kl[0].item() == pytest.approx(-log_r[8500].item(), rel=1e-6)
+    assert kl[1].isinf()
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_an_infinite_kl_leaves_the_other_gradients(backend: str) -> None:
     """With kl = inf the gradient is that of logp and entropy alone."""
     logits, targets = peaked_logits(3, 50)
