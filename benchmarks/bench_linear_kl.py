@@ -94,8 +94,8 @@ def bench(n: int, width: int, vocab: int, options: Any) -> list[dict[str, Any]]:
 def main() -> None:
     options = arguments(__doc__).parse_args()
     rows = []
-    for shape in options.shapes or SHAPES[options.device]:
-        rows += bench(*shape, options)
+    for n, width, vocab in options.shapes or SHAPES[options.device]:
+        rows += bench(n, width, vocab, options)
     report(rows, options, {"dtype": options.dtype})
 
 
