@@ -282,7 +282,7 @@ def linear_kl(
         mask: [N] bool; rows with False are dropped before the first product: KL 0, gradient 0.
             Counting them makes the host wait once for a CUDA device; ``None`` drops nothing and
             never waits.
-        workspace: bytes of both models' logits that may be held at once (default 1 GiB).
+        workspace: bytes of both models' logits that may be held at once; default as in ``plan``.
 
     Returns:
         kl [N] in nats, float32 (float64 for float64 input). +inf where the reference excludes a
