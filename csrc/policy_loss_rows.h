@@ -52,10 +52,8 @@ void policy_loss_of_kind(const LossTokens& t, const LossForm& f, const float* sc
     const int64_t n = end - i < kLanes ? end - i : kLanes;
     IntLanes kept = first_lanes(n);
     if (t.mask) kept &= load_mask(t.mask + i, n);
-    const auto get = [&](const float* p) __attribute__((always_inline)) {
-      const Lanes x = load_lanes(p + i, n);
-      return t.mask ? (kept ? x : Lanes{}) : x;  // whatever stands in a masked cell
-    };
+    const auto get = [&](const float* p) __attribute__((always_inline)) { return load_lanes(p + i, n); };
+    // What a masked cell holds stays in its own lane, which no sum and no gradient takes.
     const auto add = [&](int column, Lanes x) __attribute__((always_inline)) {
       sum[column] += kept ? x : Lanes{};
     };

@@ -116,13 +116,13 @@ def test_nothing_overflows(backend: str, name: str) -> None:
     compare(backend, call(loss, cu_seqlens=torch.arange(76)), b)
 
 
-def test_weights_may_be_infinite_without_a_cap() -> None:
-    for backend in ALL:
-        b = batch(3)
-        b["advantages"] = torch.tensor([0.0, 50.0, 1e4])
-        found = run(backend, call(AWR(0.5, weight_cap=None)), b)
-        assert found["loss"] == math.inf
-        assert found["dlogp"].tolist() == [pytest.approx(-1 / 3), -math.inf, -math.inf]
+@pytest.mark.parametrize("backend", ALL)
+def test_weights_may_be_infinite_without_a_cap(backend: str) -> None:
+    b = batch(3)
+    b["advantages"] = torch.tensor([0.0, 50.0, 1e4])
+    found = run(backend, call(AWR(0.5, weight_cap=None)), b)
+    assert found["loss"] == math.inf
+    assert found["dlogp"].tolist() == [pytest.approx(-1 / 3), -math.inf, -math.inf]
 
 
 X = torch.zeros(2, 3)
@@ -194,6 +194,16 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "normalizer tensor": (
         lambda: policy_loss(MLE(), X, {}, normalizer=torch.ones(2)),
         r"0-d tensor without gradient, got shape \(2,\)",
+    ),
+    "gspo's advantages alone may be one a sequence": (
+        lambda: policy_loss(
+            GRPO("gspo"), torch.zeros(2, 2), {"old_logp": X[:, 0], "advantages": X[:, 0]}
+        ),
+        r"GRPO: expected old_logp of the shape of logp, \(2, 2\), got \(2,\)",
+    ),
+    "critic": (
+        lambda: value_loss(PPO(), X, X),  # type: ignore[arg-type]
+        "value_loss: expected a ValueLoss of fastalign.losses, got PPO",
     ),
     "values": (
         lambda: actor_critic_loss(MLE(), X, {}, X[0], X),

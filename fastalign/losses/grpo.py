@@ -170,9 +170,7 @@ class GRPO:
             )
         names = tuple(name for name in self.required if name != "cu_seqlens")
         sequences = offsets.shape[0] - 1
-        advantages = {"advantages": rest.pop("advantages", None)}
-        found = constants(self, logp, rest, names[:1] + names[2:], self.optional)
-        found |= constants(self, logp, advantages, ("advantages",), sequences=sequences)
+        found = constants(self, logp, rest, names, self.optional, sequences)
         return found, offsets
 
 

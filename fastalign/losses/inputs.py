@@ -23,7 +23,7 @@ def constants(
 ) -> dict[str, Tensor]:
     """The inputs that were given, detached and wide; ValueError where they do not fit.
 
-    ``sequences``: the number of sequences where one value for each will do too.
+    ``sequences``: their number, where advantages may also be one for each sequence.
     """
     name = type(loss).__name__
     missing = [key for key in required if inputs.get(key) is None]
@@ -39,7 +39,8 @@ def constants(
     for key, tensor in inputs.items():
         if tensor is None:
             continue
-        if tensor.shape != logp.shape and tensor.shape != (sequences,):
+        shared = key == "advantages" and tensor.shape == (sequences,)
+        if tensor.shape != logp.shape and not shared:
             raise ValueError(
                 f"{name}: expected {key} of the shape of logp, {tuple(logp.shape)}, "
                 f"got {tuple(tensor.shape)}"

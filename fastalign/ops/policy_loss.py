@@ -36,11 +36,11 @@ from fastalign.ops.policy_reduce import (
     check_layout,
     check_like,
     check_normalizer,
-    checked_inputs,
     named_statistics,
-    over_sequences,
+    policy_tokens,
     shares,
     take_tokens,
+    with_critic,
 )
 from fastalign.ops.policy_terms import COLUMNS, Form, Tokens, form_of, terms_reference
 
@@ -216,7 +216,8 @@ def policy_loss_terms(
         entropy = None
     elif entropy is None:
         raise ValueError(f"{type(loss).__name__}: missing inputs: entropy (entropy_coef is not 0)")
-    x = take_tokens(form, wide(logp.detach()), None if entropy is None else wide(entropy), found)
+    entropy = None if entropy is None else entropy.detach()
+    x = take_tokens(form, wide(logp.detach()), entropy, found)
     which = choose("policy_loss", x.leading)
     if which == "triton":
         from fastalign.kernels.policy_loss import policy_loss_terms_fwd
@@ -254,64 +255,6 @@ def _reduced(
     if x.logp is not None and x.values is not None:
         statistics |= {"policy_loss": means[0] / normalizer, "value_loss": means[1] / normalizer}
     return total / normalizer, statistics
-
-
-def _policy_tokens(
-    op: str,
-    loss: Any,
-    logp: Tensor,
-    inputs: Mapping[str, Tensor | None],
-    entropy: Tensor | None,
-    layout: Layout,
-    reduction: str | None,
-) -> tuple[Form, Tokens, str, bool]:
-    """Of a call's policy: its form, its tokens, the reduction (its own if None), and whether it has
-    one loss per sequence."""
-    form = form_of(loss)
-    if form is None:
-        raise ValueError(f"{op}: expected a policy loss object of fastalign.losses, got {loss!r}")
-    if entropy is not None:
-        check_like(op, "entropy", entropy, logp, "logp")
-    elif form.entropy_coef:
-        raise ValueError(f"{op}: missing entropy (entropy_coef is not 0 in {loss})")
-    logp = wide(logp)
-    found = checked_inputs(op, loss, logp, inputs, layout)
-    reduction = getattr(loss, "reduction", "token_mean") if reduction is None else reduction
-    if not getattr(loss, "per_sequence", False):
-        return form, take_tokens(form, logp, entropy, found), reduction, False
-    averages = over_sequences(found, logp, layout)
-    tokens = take_tokens(form, logp, entropy, found | averages)
-    return form, tokens._replace(log_ratio=averages["log_ratio"]), reduction, True
-
-
-def _with_critic(
-    op: str,
-    form: Form,
-    x: Tokens,
-    value_loss: ValueLoss,
-    values: Tensor,
-    returns: Tensor,
-    old_values: Tensor | None,
-    vf_coef: float,
-) -> tuple[Form, Tokens]:
-    """The form and the tokens with a critic's part beside the policy's, or alone."""
-    if value_loss.clip is not None and old_values is None:
-        raise ValueError(f"{op}: missing old_values (clip is set in {value_loss})")
-    check_like(op, "returns", returns, values, "values")
-    if old_values is not None:
-        check_like(op, "old_values", old_values, values, "values")
-    dtype = wide(values).dtype if x.logp is None else x.logp.dtype
-    clip = value_loss.clip
-    return (
-        form._replace(vf_coef=float(vf_coef), value_clip=0.0 if clip is None else clip),
-        x._replace(
-            values=values.to(dtype).reshape(-1),
-            returns=returns.detach().to(dtype).reshape(-1),
-            old_values=None
-            if clip is None or old_values is None
-            else old_values.detach().to(dtype).reshape(-1),
-        ),
-    )
 
 
 def policy_loss(
@@ -361,7 +304,7 @@ def policy_loss(
     """
     op = "policy_loss"
     layout = check_layout(op, logp, "logp", mask, cu_seqlens)
-    form, x, how, per_sequence = _policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
+    form, x, how, per_sequence = policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
     return _reduced(op, form, x, layout, how, normalizer, per_sequence)
 
 
@@ -401,9 +344,9 @@ def actor_critic_loss(
     op = "actor_critic_loss"
     layout = check_layout(op, logp, "logp", mask, cu_seqlens)
     check_like(op, "values", values, logp, "logp")
-    form, x, how, per_sequence = _policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
+    form, x, how, per_sequence = policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
     critic = ValueLoss() if value_loss is None else value_loss
-    form, x = _with_critic(op, form, x, critic, values, returns, old_values, vf_coef)
+    form, x = with_critic(op, form, x, critic, values, returns, old_values, vf_coef)
     return _reduced(op, form, x, layout, how, normalizer, per_sequence)
 
 
@@ -435,5 +378,5 @@ def value_loss(
     """
     op = "value_loss"
     layout = check_layout(op, values, "values", mask, cu_seqlens)
-    form, x = _with_critic(op, Form(), Tokens(), loss, values, returns, old_values, 1.0)
+    form, x = with_critic(op, Form(), Tokens(), loss, values, returns, old_values, 1.0)
     return _reduced(op, form, x, layout, reduction, normalizer)

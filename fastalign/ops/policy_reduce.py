@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.grpo import sequence_of_token
-from fastalign.losses.inputs import constants
-from fastalign.ops.policy_terms import COLUMNS, KINDS, Form, Tokens
+from fastalign.losses.inputs import constants, wide
+from fastalign.losses.value import ValueLoss
+from fastalign.ops.policy_terms import COLUMNS, KINDS, Form, Tokens, form_of
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 
@@ -150,6 +151,64 @@ def over_sequences(found: dict[str, Tensor], logp: Tensor, layout: Layout) -> di
         "log_ratio": layout.of_tokens(log_ratio),
         "advantages": layout.of_tokens(advantages),
     }
+
+
+def policy_tokens(
+    op: str,
+    loss: Any,
+    logp: Tensor,
+    inputs: Mapping[str, Tensor | None],
+    entropy: Tensor | None,
+    layout: Layout,
+    reduction: str | None,
+) -> tuple[Form, Tokens, str, bool]:
+    """Of a call's policy: its form, its tokens, the reduction (its own if None), and whether it has
+    one loss per sequence."""
+    form = form_of(loss)
+    if form is None:
+        raise ValueError(f"{op}: expected a policy loss object of fastalign.losses, got {loss!r}")
+    if entropy is not None:
+        check_like(op, "entropy", entropy, logp, "logp")
+    elif form.entropy_coef:
+        raise ValueError(f"{op}: missing entropy (entropy_coef is not 0 in {loss})")
+    logp = wide(logp)
+    found = checked_inputs(op, loss, logp, inputs, layout)
+    reduction = getattr(loss, "reduction", "token_mean") if reduction is None else reduction
+    if not getattr(loss, "per_sequence", False):
+        return form, take_tokens(form, logp, entropy, found), reduction, False
+    averages = over_sequences(found, logp, layout)
+    tokens = take_tokens(form, logp, entropy, found | averages)
+    return form, tokens._replace(log_ratio=averages["log_ratio"]), reduction, True
+
+
+def with_critic(
+    op: str,
+    form: Form,
+    x: Tokens,
+    value_loss: ValueLoss,
+    values: Tensor,
+    returns: Tensor,
+    old_values: Tensor | None,
+    vf_coef: float,
+) -> tuple[Form, Tokens]:
+    """The form and the tokens with a critic's part beside the policy's, or alone."""
+    if type(value_loss) is not ValueLoss:
+        raise ValueError(f"{op}: expected a ValueLoss of fastalign.losses, got {value_loss!r}")
+    if value_loss.clip is not None and old_values is None:
+        raise ValueError(f"{op}: missing old_values (clip is set in {value_loss})")
+    check_like(op, "returns", returns, values, "values")
+    if old_values is not None:
+        check_like(op, "old_values", old_values, values, "values")
+    dtype = wide(values).dtype if x.logp is None else x.logp.dtype
+    clip = value_loss.clip
+    return (
+        form._replace(vf_coef=float(vf_coef), value_clip=0.0 if clip is None else clip),
+        x._replace(
+            values=values.to(dtype).reshape(-1),
+            returns=returns.detach().to(dtype).reshape(-1),
+            old_values=None if old_values is None else old_values.detach().to(dtype).reshape(-1),
+        ),
+    )
 
 
 def shares(
