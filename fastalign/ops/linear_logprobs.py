@@ -33,6 +33,7 @@ from fastalign.ops.slab import (
     check_softcap,
     filled,
     follow_autocast,
+    fresh,
     logits_workspace,
     slab_logits,
 )
@@ -80,7 +81,7 @@ def linear_logprobs_op(
     """
     rows = Rows(targets, ignore_index)
     vocab = weight.shape[0]
-    logits = hidden.new_empty(_kept_rows(hidden, slab, keep, fill), vocab)
+    logits = fresh((_kept_rows(hidden, slab, keep, fill), vocab), hidden.dtype, hidden.device)
     stats = torch.empty(rows.count, 4, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     tallest = slab if fill else min(slab, rows.count)
     with logits_workspace(0 if keep else tallest, vocab, hidden) as work:

@@ -2,9 +2,9 @@
 cut to them, and with its derivatives.
 
 Everything here is work on vectors of one number per token; the slabs of logits are the business of
-fastalign/ops/linear_loss_walk.py. A loss object that fastalign/ops/policy_loss.py knows gives values
-and derivatives in one launch, in place of a few dozen by autograd; any other callable goes through
-autograd.
+fastalign/ops/linear_loss_walk.py. A loss object that fastalign/ops/policy_loss.py knows gives its
+values and derivatives in one launch, in place of a few dozen by autograd; any other callable goes
+through autograd.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from fastalign.ops.token_kl import kl_dlogits_out, kl_stats
 from fastalign.ops.token_logprobs import accumulation_dtype, dlogits_out, row_stats
 
 STATS = ("logp", "entropy", "row_max", "log_sum")
-KL_STATS = (*STATS, "kl", "ref_logp", "ref_row_max", "ref_log_sum")
+KL_STATS = (*STATS, "kl", "ref_logp", "ref_row_max", "mean_gap")
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Walk:
         if r is None or d.kl is None:
             dlogits_out(rows, d.logp, d.entropy, rows, *settings, *known[:4])
         else:
-            logp, entropy, row_max, log_sum, kl, _, ref_row_max, ref_log_sum = known
+            logp, entropy, row_max, log_sum, kl, _, ref_row_max, mean_gap = known
             kl_dlogits_out(
                 rows,
                 d.logp,
@@ -231,7 +231,7 @@ class Walk:
                 log_sum,
                 kl,
                 ref_row_max,
-                ref_log_sum,
+                mean_gap,
             )
         z[stop - start :] = 0.0
         self.grads.add(z, h, start, stop)
