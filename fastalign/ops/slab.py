@@ -177,8 +177,9 @@ class HeadGradients:
             self.dweight = into
         elif need[1]:
             dtype = wide if slabs > 1 else weight.dtype
-            make = torch.zeros if empty else fresh
-            self.dweight = make(weight.shape, dtype=dtype, device=weight.device)
+            self.dweight = fresh(weight.shape, dtype, weight.device)
+            if empty:
+                self.dweight.zero_()
         if need[2] and bias is not None:
             self.dbias = torch.zeros(bias.shape, dtype=wide, device=bias.device)
         self.bias = bias
