@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -203,26 +206,55 @@ def test_median_and_quartiles() -> None:
     assert timing.spread([3.0]) == (3.0, 3.0, 3.0, 1)
 
 
-@pytest.mark.parametrize("size", [8, 24, 64], ids=lambda size: f"{size} MiB")
-def test_peak_memory_on_cpu(size: int) -> None:
+def alone(code: str) -> list[float]:
+    """The numbers that a new process prints: in this one, other tests left free memory about."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    return [float(word) for word in done.stdout.split()]
+
+
+def test_peak_memory_on_cpu() -> None:
     """Also of what malloc would rather keep than give back, and of what the thread has kept."""
-
-    def use() -> None:
-        torch.ones(size * MIB, dtype=torch.uint8)
-
-    for _ in range(3):
-        use()
-        peak = timing.peak_bytes(use, "cpu")
-        assert peak is not None and size - 0.5 < peak / MIB < size + 2.5
+    found = alone(
+        """
+        import torch
+        from benchmarks.timing import peak_bytes
+        for size in (8, 24, 64):
+            use = lambda: torch.ones(size << 20, dtype=torch.uint8)
+            for _ in range(3):
+                use()
+                print(peak_bytes(use, "cpu") / 2**20)
+        """
+    )
+    for size, peaks in zip((8, 24, 64), (found[:3], found[3:6], found[6:]), strict=True):
+        assert all(size - 0.5 < peak < size + 2.5 for peak in peaks)
 
 
 def test_loss_head_memory_is_seen() -> None:
     """linear_loss keeps its workspace from call to call; the benchmark counts it all the same."""
-    truth = head.Candidate("MLE", "truth", "torch", scaled(1.0))
-    options = timing.arguments("").parse_args(["--repeats", "1"])
-    rows, _ = head.bench((256, 8, 20_000), [bench_linear_loss.own("MLE")], {"MLE": truth}, options)
+    extra = alone(
+        """
+        import contextlib, sys, torch
+        from benchmarks import bench_linear_loss, head, timing
+        def plain(h, w, problem):
+            return (torch.nn.functional.cross_entropy(h @ w.t(), problem.targets),)
+        truth = head.Candidate("MLE", "truth", "torch", plain)
+        options = timing.arguments("").parse_args(["--repeats", "1"])
+        with contextlib.redirect_stdout(sys.stderr):
+            rows, _ = head.bench(
+                (256, 8, 20_000), [bench_linear_loss.own("MLE")], {"MLE": truth}, options
+            )
+        for row in rows:
+            if row["of"] == "fastalign":
+                print(row["extra MiB"])
+        """
+    )
     logits = 256 * 20_000 * 4 / MIB
-    extra = [row["extra MiB"] for row in rows if row["of"] == "fastalign"]
     assert len(extra) == 2 and all(logits - 1 < mib < logits + 8 for mib in extra)
 
 
