@@ -126,6 +126,8 @@ def main() -> None:
     report["feature sets of kl"] = feature_sets(aot_launches.kl_of_any_shape())
     report["gae of any shape"] = distinct(aot_launches.gae_of_any_shape())
     report["policy loss of any size"] = distinct(aot_launches.policy_loss_of_any_size())
+    report["heads of any shape"] = distinct(aot_launches.heads_of_any_shape())
+    report["bradley-terry of any shape"] = distinct(aot_launches.bradley_terry_of_any_shape())
     json.dump(report, sys.stdout)
 
 

@@ -12,12 +12,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastalign.kernels.bradley_terry_loss import bradley_terry_loss_fwd
 from fastalign.kernels.gae import gae_fwd
 from fastalign.kernels.policy_loss import policy_loss_fwd, policy_loss_terms_fwd
+from fastalign.kernels.reduce_scores import dscores_fwd, reduce_scores_fwd
+from fastalign.kernels.reward_heads import reward_heads_bwd, reward_heads_fwd
 from fastalign.kernels.token_kl import kl_dlogits_fwd, kl_stats_fwd
 from fastalign.kernels.token_logprobs import dlogits_fwd, row_stats_fwd
 from fastalign.losses import APA, AWR, GRPO, MLE, PPO
 from fastalign.ops.policy_terms import Form, Tokens, form_of
+from fastalign.ops.reduce_scores import statistic
 from fastalign.ops.token_logprobs import temperature_tensor
 
 Launch = Callable[[], object]
@@ -100,6 +104,39 @@ def policy_loss_of_any_size() -> Iterator[Launch]:
         yield partial(policy_loss, loss, n, "meor", i % 4)
 
 
+def reward_heads(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    heads: int,
+    width: int = 4096,
+    index: bool = False,
+    samples: int = 64,
+) -> None:
+    """All gradients, of the median, whose kernels hold the most."""
+    median = statistic("median", 0.0, heads)
+    hidden = torch.empty(samples, width, dtype=dtype)
+    weight = torch.empty(heads, width, dtype=weight_dtype)
+    bias = torch.empty(heads, dtype=weight_dtype)
+    rows = torch.zeros(samples, dtype=torch.int64) if index else None
+    out = reward_heads_fwd(hidden, weight, bias, rows, median)
+    gradients = (torch.empty_like(hidden), torch.empty_like(weight), torch.empty(heads))
+    reward_heads_bwd(*gradients, *out, hidden, weight, rows, out[0], median)
+
+
+def reduce_scores(heads: int) -> None:
+    scores = torch.empty(64, heads)
+    minimum = statistic("min", 0.0, heads)
+    reduced, std = reduce_scores_fwd(scores, minimum)
+    dscores_fwd(None, reduced, std, scores, None, minimum)
+
+
+def bradley_terry(heads: int, features: bool, pairs: int = 512) -> None:
+    scores = torch.empty(pairs, heads, dtype=torch.bfloat16 if features else torch.float32)
+    mask = torch.ones(pairs, heads, dtype=torch.int64) if features else None
+    margin = torch.zeros(pairs, 1) if features else None
+    bradley_terry_loss_fwd(scores, scores, margin, 0.0, mask, None, 0.1)
+
+
 FULL = {"kl_coef": 0.1, "entropy_coef": 0.01}
 LAUNCHES: dict[str, Launch] = {
     "policy loss, clipped, all features": lambda: policy_loss(
@@ -123,6 +160,27 @@ LAUNCHES: dict[str, Launch] = {
     "gae packed, all features": lambda: gae(64, 512, packed=True, features=True),
     "gae, few long rows": lambda: gae(2, 100_000),
     "gae, few long rows, all features": lambda: gae(2, 100_000, features=True),
+    **{
+        f"reward heads, {name}": partial(reward_heads, *dtypes, heads, index=heads != 16)
+        for name, dtypes, heads in [
+            ("bf16, 5", (torch.bfloat16, torch.bfloat16), 5),
+            ("bf16, 16", (torch.bfloat16, torch.bfloat16), 16),
+            ("bf16, 32", (torch.bfloat16, torch.bfloat16), 32),
+            ("bf16, 64", (torch.bfloat16, torch.bfloat16), 64),
+            ("bf16 and fp32, 16", (torch.bfloat16, torch.float32), 16),
+            ("bf16 and fp32, 64", (torch.bfloat16, torch.float32), 64),
+            ("fp32, 5", (torch.float32, torch.float32), 5),
+            ("fp32, 32", (torch.float32, torch.float32), 32),
+            ("fp32, 64", (torch.float32, torch.float32), 64),
+            ("fp16, 64", (torch.float16, torch.float16), 64),
+        ]
+    },
+    "reward heads, fp16, odd width": lambda: reward_heads(torch.float16, torch.float16, 5, 4095),
+    "statistics of 5 heads": lambda: reduce_scores(5),
+    "statistics of 64 heads": lambda: reduce_scores(64),
+    "bradley-terry, 1 head": lambda: bradley_terry(1, False),
+    "bradley-terry, 5 heads, all features": lambda: bradley_terry(5, True),
+    "bradley-terry, 64 heads, all features": lambda: bradley_terry(64, True),
 }
 
 
@@ -199,3 +257,26 @@ def gae_of_any_shape() -> Iterator[Launch]:
         rows = int(torch.randint(1, 20, (), generator=generator)) + (0 if few else 128)
         steps = int(torch.randint(1, 300, (), generator=generator)) + (4096 if few else 0)
         yield partial(gae, rows, steps, i % 4 < 2)
+
+
+def heads_of_any_shape() -> Iterator[Launch]:
+    """50 random numbers of samples, widths and heads up to 16: only whether the width is a multiple
+    of 16 may matter. Five kernels (the products of both passes twice), one of which folds gradients
+    of two dtypes."""
+    generator = torch.Generator().manual_seed(4)
+    for i in range(50):
+        samples, heads, width = (
+            int(torch.randint(2, most, (), generator=generator)) for most in (3000, 17, 3000)
+        )
+        width += -width % 16 if i % 3 == 0 else 0
+        dtypes = (torch.bfloat16, torch.bfloat16)
+        yield partial(reward_heads, *dtypes, heads, width, index=True, samples=samples)
+
+
+def bradley_terry_of_any_shape() -> Iterator[Launch]:
+    """50 random numbers of pairs, and of heads between two powers of two."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(50):
+        pairs = int(torch.randint(1, 3000, (), generator=generator))
+        heads = int(torch.randint(9, 17, (), generator=generator))
+        yield partial(bradley_terry, heads, True, pairs)

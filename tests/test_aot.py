@@ -118,3 +118,13 @@ def test_gae_compiles_once_per_feature_set(report: dict[str, Any]) -> None:
 def test_policy_loss_compiles_once_per_feature_set(report: dict[str, Any]) -> None:
     """Sums and per-token values are two forms of one kernel; the third adds up the sums."""
     assert report["policy loss of any size"] == 3
+
+
+def test_reward_heads_compile_once_for_aligned_widths_and_once_for_others(
+    report: dict[str, Any],
+) -> None:
+    assert report["heads of any shape"] == 2 + 1 + 2 + 2
+
+
+def test_bradley_terry_compiles_once(report: dict[str, Any]) -> None:
+    assert report["bradley-terry of any shape"] == 1

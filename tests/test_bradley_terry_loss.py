@@ -1,25 +1,159 @@
-"""Bradley-Terry loss: published values, head masks, extreme gaps, gradients."""
+"""Bradley-Terry loss: published values, three backends against float64, head masks, gradients."""
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastalign.ops.bradley_terry_loss import bradley_terry_loss
+import fastalign as fa
+from fastalign.ops.bradley_terry_loss import (
+    _bradley_terry_loss,
+    bradley_terry_loss,
+    bradley_terry_loss_reference,
+    dgap_reference,
+)
 from fastalign.testing import TOLERANCES, assert_no_worse
 
+BACKENDS = ["reference", "cpp", "triton"]
+KERNELS = ["cpp", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [
+    (1, 1),  # one cell
+    (7, 5),  # fewer cells than a block
+    (129, 16),  # one pair past a block of the Triton kernel: the loss is the sum of two parts
+    (300, 7),  # several blocks in both kernels, cut in the middle of a pair in C++
+    (40, 64),
+]
 
 
-@pytest.mark.parametrize("margin, want", [(None, 0.341153875), (0.5, 0.513015252)])
-def test_published_values(margin: float | None, want: float) -> None:
-    """Gap 1.3 - .4 = .9: log(1 + e^-.9) = .341153875; with margin .5: log(1 + e^-.4)."""
-    chosen = torch.tensor([[1.3]], dtype=torch.float64)
-    rejected = torch.tensor([[0.4]], dtype=torch.float64)
-    assert round(float(bradley_terry_loss(chosen, rejected, margin=margin)), 9) == want
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def make(n: int, heads: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Scores, margins, and how often each head drew each pair (head 0 none)."""
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected, margin = (3.0 * torch.randn(3, n, heads, generator=generator)).unbind()
+    head_mask = torch.randint(-1, 4, (n, heads), generator=generator)
+    head_mask[:, 0] = 0
+    inputs = dict(chosen=chosen.to(dtype), rejected=rejected.to(dtype), margin=margin / 10)
+    return {name: x.to(device) for name, x in (inputs | {"head_mask": head_mask}).items()}
+
+
+def compare(backend: str, inputs: dict[str, Any], **settings: Any) -> None:
+    """Loss and dL/dgap against the reference in float64 and in the same dtype."""
+    names = ("chosen", "rejected", "margin", "offset", "head_mask", "totals", "label_smoothing")
+    given: dict[str, Any] = {"margin": None, "offset": 0.0, "head_mask": None, "totals": None}
+    given |= {"label_smoothing": 0.0} | inputs | settings
+    args = [given[name] for name in names]
+    wide: list[Any] = [
+        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
+    ]
+    with fa.backend(backend):
+        loss, dgap = _bradley_terry_loss(*args)
+    assert loss.dtype == dgap.dtype == torch.float32
+    eager = bradley_terry_loss_reference(*args), dgap_reference(*args)
+    truth = bradley_terry_loss_reference(*wide), dgap_reference(*wide)
+    dtype = given["chosen"].dtype
+    assert_no_worse(loss, eager[0], truth[0], dtype)
+    # dgap is kept in float32 whatever the inputs.
+    assert_no_worse(dgap, eager[1], truth[1], torch.float32, grad=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_against_float64(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs = make(*shape, dtype, device_of(backend))
+    compare(backend, inputs, label_smoothing=0.1, offset=0.25)
+    compare(backend, {name: inputs[name] for name in ("chosen", "rejected")})
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_features_against_float64(backend: str) -> None:
+    inputs = make(150, 16, torch.float32, device_of(backend))
+    totals = torch.randint(0, 500, (16,), device=inputs["chosen"].device)
+    compare(backend, inputs, totals=totals)
+    compare(backend, inputs, totals=totals, head_mask=None)
+    compare(backend, inputs, margin=inputs["margin"][:, :1], head_mask=None)
+    compare(backend, inputs, head_mask=inputs["head_mask"] > 0)
+    compare(backend, inputs, head_mask=inputs["head_mask"].to(torch.int8))
+
+
+@pytest.mark.parametrize(
+    "margin, eps, want",
+    [(None, 0.0, 0.341153875), (0.5, 0.0, 0.513015252), (None, 0.1, 0.431153875)],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_published_values(backend: str, margin: float | None, eps: float, want: float) -> None:
+    """Gap 1.3 - .4 = .9: log(1 + e^-.9) = .341153875; with margin .5: log(1 + e^-.4); with label
+    smoothing .1: .341153875 + .1 * .9."""
+    chosen, rejected = torch.tensor([[[1.3]], [[0.4]]], dtype=torch.float64)
+    truth = bradley_terry_loss(chosen, rejected, margin=margin, label_smoothing=eps)
+    assert round(float(truth), 9) == want
+    device = device_of(backend)
+    with fa.backend(backend):
+        got = bradley_terry_loss(
+            chosen.float().to(device),
+            rejected.float().to(device),
+            margin=margin,
+            label_smoothing=eps,
+        )
+    assert got.item() == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_closed_form_gradient_is_autograds(label_smoothing: float) -> None:
+    inputs = make(6, 3, torch.float64, "cpu")
+    chosen = inputs["chosen"].requires_grad_()
+    for head_mask in (None, inputs["head_mask"]):
+        for totals in (None, torch.tensor([4, 0, 9])):
+            args = (chosen, inputs["rejected"], inputs["margin"], 0.3, head_mask, totals)
+            loss = bradley_terry_loss_reference(*args, label_smoothing)
+            (want,) = torch.autograd.grad(loss, chosen)
+            got = dgap_reference(*args, label_smoothing).detach()
+            assert_no_worse(got, want, want, torch.float64, grad=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_a_batch_add_up(backend: str) -> None:
+    """With the totals of the whole, losses and gradients of 5 and 4 pairs are those of 9."""
+    inputs = make(9, 4, torch.float32, device_of(backend))
+    chosen, rejected, head_mask = (inputs[k] for k in ("chosen", "rejected", "head_mask"))
+    chosen.requires_grad_()
+    with fa.backend(backend):
+        whole = bradley_terry_loss(chosen, rejected, head_mask=head_mask)
+        totals = head_mask.clamp(min=0).sum(0)
+        first, second = (
+            bradley_terry_loss(
+                chosen[rows], rejected[rows], head_mask=head_mask[rows], totals=totals
+            )
+            for rows in (slice(0, 5), slice(5, 9))
+        )
+        parts = first + second
+        (want,) = torch.autograd.grad(whole, chosen)
+        (got,) = torch.autograd.grad(parts, chosen)
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confident_pairs_keep_their_digits(backend: str) -> None:
+    """-log sigmoid(16) = log(1 + e^-16) = 1.125351e-7, to float32's relative precision."""
+    gaps = torch.tensor([[16.0], [8.0], [-16.0]], device=device_of(backend))
+    for gap in gaps:
+        with fa.backend(backend):
+            loss = bradley_terry_loss(gap[None], torch.zeros_like(gap)[None])
+        want = math.log1p(math.exp(-gap.item()))
+        assert loss.item() == pytest.approx(want, rel=1e-6)
 
 
 def test_mean_over_pairs_then_heads() -> None:
@@ -54,11 +188,14 @@ def test_full_mask_is_no_mask() -> None:
     assert abs(float(masked - plain)) <= TOLERANCES[torch.float64].floor
 
 
-@pytest.mark.parametrize("size", [1e4, 200.0])
-def test_extreme_gaps(size: float) -> None:
+@pytest.mark.parametrize("size", [1e4, 200.0, float("inf")])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_gaps(backend: str, size: float) -> None:
     """-log sigmoid(g) is 0 for a huge gap and -g for a hugely negative one; gradients 0 and -1."""
-    chosen = torch.tensor([[size], [-size]], requires_grad=True)
-    loss = bradley_terry_loss(chosen, torch.zeros(2, 1))
+    device = device_of(backend)
+    chosen = torch.tensor([[size], [-size]], device=device, requires_grad=True)
+    with fa.backend(backend):
+        loss = bradley_terry_loss(chosen, torch.zeros(2, 1, device=device))
     assert loss.item() == size / 2
     (gradient,) = torch.autograd.grad(loss, chosen)
     assert gradient.tolist() == [[0.0], [-0.5]]
@@ -83,14 +220,16 @@ def test_is_no_worse_than_eager(dtype: torch.dtype, kind: str) -> None:
     assert_no_worse(got, eager, truth, dtype)
 
 
-def test_nan_in_masked_cells_does_not_leak() -> None:
-    chosen, rejected = torch.randn(6, 2), torch.randn(6, 2)
-    head_mask = torch.rand(6, 2) < 0.5
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_masked_cells_does_not_leak(backend: str) -> None:
+    chosen, rejected = torch.randn(2, 6, 2, device=device_of(backend))
+    head_mask = torch.rand(6, 2, device=chosen.device) < 0.5
     head_mask[0] = True
     losses, gradients = [], []
     for fill in (0.0, float("nan"), float("inf")):
         leaf = chosen.masked_fill(~head_mask, fill).requires_grad_()
-        loss = bradley_terry_loss(leaf, rejected, head_mask=head_mask)
+        with fa.backend(backend):
+            loss = bradley_terry_loss(leaf, rejected, head_mask=head_mask)
         (gradient,) = torch.autograd.grad(loss, leaf)
         losses.append(loss.item())
         gradients.append(gradient)
@@ -99,14 +238,30 @@ def test_nan_in_masked_cells_does_not_leak() -> None:
     assert gradients[0][~head_mask].tolist() == [0.0] * int((~head_mask).sum())
 
 
-def test_nothing_kept_is_zero_with_a_gradient() -> None:
-    empty = torch.empty(0, 3, requires_grad=True)
-    loss = bradley_terry_loss(empty, torch.empty(0, 3))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_a_cell_that_counts_is_seen(backend: str) -> None:
+    chosen = torch.randn(6, 2, device=device_of(backend))
+    chosen[4, 1] = float("nan")
+    chosen.requires_grad_()
+    with fa.backend(backend):
+        loss = bradley_terry_loss(chosen, torch.zeros_like(chosen))
+    (gradient,) = torch.autograd.grad(loss, chosen)
+    assert loss.isnan() and gradient[4, 1].isnan() and int(gradient.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_kept_is_zero_with_a_gradient(backend: str) -> None:
+    device = device_of(backend)
+    empty = torch.empty(0, 3, device=device, requires_grad=True)
+    with fa.backend(backend):
+        loss = bradley_terry_loss(empty, empty.detach())
     assert loss.item() == 0.0
     (gradient,) = torch.autograd.grad(loss, empty)
     assert gradient.shape == (0, 3)
-    full = torch.randn(4, 3, requires_grad=True)
-    masked = bradley_terry_loss(full, full.detach(), head_mask=torch.zeros(4, 3).bool())
+    full = torch.randn(4, 3, device=device, requires_grad=True)
+    head_mask = torch.zeros(4, 3, device=device).bool()
+    with fa.backend(backend):
+        masked = bradley_terry_loss(full, full.detach(), head_mask=head_mask)
     assert masked.item() == 0.0
     (gradient,) = torch.autograd.grad(masked, full)
     assert gradient.tolist() == [[0.0] * 3] * 4
@@ -139,18 +294,89 @@ def test_gradient_and_non_contiguous() -> None:
     assert torch.autograd.gradcheck(loss, (chosen, rejected, margin))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_tensor_may_be_a_view(backend: str) -> None:
+    inputs = make(10, 8, torch.float32, device_of(backend))
+    views = {name: x[::2, 1:7:2] for name, x in inputs.items()}
+    views["rejected"] = views["rejected"].t().contiguous().t()
+    results = []
+    for given in (views, {name: x.contiguous() for name, x in views.items()}):
+        leaves = [given[name].requires_grad_() for name in ("chosen", "rejected", "margin")]
+        with fa.backend(backend):
+            loss = bradley_terry_loss(
+                *leaves[:2], margin=leaves[2], head_mask=given["head_mask"], label_smoothing=0.1
+            )
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert results[0][0] > 0.0
+
+
+def test_gradients_have_the_dtypes_of_their_inputs() -> None:
+    chosen = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
+    rejected = torch.randn(4, 3, requires_grad=True)
+    margin = torch.rand(4, dtype=torch.float16, requires_grad=True)
+    loss = bradley_terry_loss(chosen, rejected, margin=margin)
+    gradients = torch.autograd.grad(loss, (chosen, rejected, margin))
+    assert [x.dtype for x in gradients] == [torch.bfloat16, torch.float32, torch.float16]
+    want = gradients[1].sum(1)
+    assert_no_worse(gradients[2], want.half(), want.double(), torch.float16, grad=True)
+
+
+def test_cpp_gives_the_same_bits_with_any_number_of_threads() -> None:
+    inputs = make(5000, 5, torch.float32, "cpu")
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with fa.backend("cpp"):
+                results.append(bradley_terry_loss(inputs["chosen"], inputs["rejected"]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+ISA_PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_bradley_terry_loss import DTYPES, compare, make
+for dtype in DTYPES:
+    compare("cpp", make(300, 7, dtype, "cpu"), label_smoothing=0.1)
+print("passed")
+"""
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set(isa: str) -> None:
+    """The processor here may take another one: the others run in processes told to use them."""
+    done = subprocess.run(
+        [sys.executable, "-c", ISA_PROGRAM, Path(__file__).parent],
+        env=os.environ | {"FASTALIGN_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "passed\n", done.stderr
+
+
 def test_opcheck_and_compile() -> None:
     chosen, rejected = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
-    margin, head_mask = torch.rand(4, 1), torch.rand(4, 3) < 0.5
-    op = torch.ops.fastalign.bradley_terry_loss.default
-    for args in [(chosen, rejected, None, None), (chosen, rejected, margin, head_mask)]:
-        torch.library.opcheck(op, args)
+    margin, head_mask = torch.rand(4, 1, requires_grad=True), torch.rand(4, 3) < 0.5
+    totals = torch.tensor([3, 2, 4])
+    for args in [
+        (chosen, rejected, None, 0.0, None, None, 0.0),
+        (chosen, rejected, margin, 0.5, head_mask, totals, 0.1),
+    ]:
+        torch.library.opcheck(_bradley_terry_loss, args)
 
     def loss(chosen: Tensor) -> Tensor:
         return bradley_terry_loss(chosen, rejected, margin=0.5, head_mask=head_mask)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(chosen), loss(chosen))
+    (want,) = torch.autograd.grad(loss(chosen), chosen)
+    (got,) = torch.autograd.grad(compiled(chosen), chosen)
+    assert torch.equal(got, want)
 
 
 S = torch.zeros(4, 2)
@@ -166,6 +392,9 @@ S = torch.zeros(4, 2)
         ((S, S), {"margin": torch.zeros(2)}, r"\[B\] or \[B, K\] for \(4, 2\), got \(2,\)"),
         ((S, S), {"head_mask": S}, r"bool or integer head_mask \(4, 2\), got \(4, 2\) torch.float"),
         ((S, S), {"head_mask": torch.ones(4).bool()}, r"\(4, 2\), got \(4,\) torch.bool"),
+        ((S, S), {"totals": torch.ones(4)}, r"totals \[K\] = \(2,\), got \(4,\)"),
+        ((S, S), {"label_smoothing": 0.5}, r"label_smoothing in \[0, 0.5\), got 0.5"),
+        ((S, S), {"label_smoothing": -0.1}, r"label_smoothing in \[0, 0.5\), got -0.1"),
         ((S, S.to("meta")), {}, "rejected on the device of chosen, cpu, got meta"),
     ],
 )
@@ -176,8 +405,6 @@ def test_bad_input(args: tuple, kwargs: dict, message: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gpu_equals_cpu(dtype: torch.dtype) -> None:
-    chosen, rejected = torch.randn(500, 3).to(dtype), torch.randn(500, 3).to(dtype)
-    truth = bradley_terry_loss(chosen.double(), rejected.double())
-    got = bradley_terry_loss(chosen.cuda(), rejected.cuda()).cpu()
-    assert_no_worse(got, bradley_terry_loss(chosen, rejected), truth, dtype)
+@pytest.mark.parametrize("shape", [(4096, 16), (100_000, 5)], ids=str)
+def test_gpu_at_real_sizes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    compare("triton", make(*shape, dtype, "cuda"), label_smoothing=0.1)

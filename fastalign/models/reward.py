@@ -20,7 +20,7 @@ from fastalign import ops
 from fastalign.errors import UserError
 from fastalign.models.attention import NAME, check_packed, packed_hidden, register
 from fastalign.models.pretrained import context, load_model, make_model
-from fastalign.ops.reward_heads import STATISTICS, reduce_scores
+from fastalign.ops.reduce_scores import STATISTICS, reduce_scores
 from fastalign.streams import stream
 
 CONFIG_FILE = "reward_ensemble.json"

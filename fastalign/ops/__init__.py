@@ -8,7 +8,8 @@ from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.linear_loss import LossOutput, linear_loss
 from fastalign.ops.plan import Plan, plan
 from fastalign.ops.policy_loss import actor_critic_loss, policy_loss, value_loss
-from fastalign.ops.reward_heads import reduce_scores, reward_heads
+from fastalign.ops.reduce_scores import reduce_scores
+from fastalign.ops.reward_heads import reward_heads
 from fastalign.ops.token_kl import token_kl
 from fastalign.ops.token_logprobs import token_logprobs
 from fastalign.ops.whiten import whiten

@@ -2,98 +2,229 @@
 
     scores[b, k] = hidden[index[b]] . weight[k] + bias[k]
 
-    mean    sum_k s_k / K
-    min     the worst case over heads (WCO)
-    median  the middle score; for even K the mean of the two middle ones
-    lcb     mean - coef * std_k(s)         lower confidence bound
-    uwo     mean - coef * variance_k(s)    uncertainty-weighted
+and, in the same pass, a statistic of each row of scores and their standard deviation
+(fastalign/ops/reduce_scores.py has the formulas). With d[b, k] = dL/dscores[b, k], that of the
+statistic and of the standard deviation included:
 
-std and variance are the unbiased ones (ddof = 1) and 0 for K = 1.
+    dL/dhidden[n] = sum over b with index[b] = n of  sum_k d[b, k] weight[k]
+    dL/dweight[k] = sum_b d[b, k] hidden[index[b]]
+    dL/dbias[k]   = sum_b d[b, k]
 
-Sources: one encoder with several heads and their minimum, arXiv 2406.01013; uwo, Coste et al.,
-arXiv 2310.02743; lcb, Zhang et al., arXiv 2401.16635.
+Sums over samples are taken in an order that only the shapes and the index decide: same inputs, same
+bits. Rows that the index does not name are neither read nor given a gradient other than 0.
 
-Sibling file: tests/test_reward_heads.py.
+Source: one encoder with several linear heads, arXiv 2406.01013.
+
+C++: csrc/reward_heads.cpp. Triton: kernels/reward_heads.py. Tests: tests/test_reward_heads.py.
+Benchmark: benchmarks/bench_reward_heads.py.
 """
 
 from __future__ import annotations
 
-import math
-from typing import overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-STATISTICS = ("mean", "min", "lcb", "uwo", "median")
-NEED_COEF = ("lcb", "uwo")
+from fastalign.backend import choose
+from fastalign.ops.reduce_scores import (
+    MAX_HEADS,
+    check_statistic,
+    dscores_reference,
+    reduce_scores_reference,
+    statistic,
+)
+from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
 
 def reward_heads_reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None
-) -> Tensor:
-    """The scores [B, K]; rows are gathered first, so only they are widened to float32."""
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    reduce: str = "mean",
+    coef: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [B, K], statistic [B], std [B]) by the formulas above in plain PyTorch."""
     rows = hidden if index is None else hidden.index_select(0, index)
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(hidden.dtype)
     scores = rows.to(wide) @ weight.to(wide).t()
-    return scores if bias is None else scores + bias.to(wide)
+    if bias is not None:
+        scores = scores + bias.to(wide)
+    return scores, *reduce_scores_reference(scores, reduce, coef)
 
 
-def reduce_scores_reference(scores: Tensor, reduce: str, coef: float) -> Tensor:
-    """One statistic over the last dimension, as in this module's docstring."""
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    n_heads = scores.shape[-1]
-    if reduce == "min":
-        return scores.amin(-1)
-    if reduce == "median":
-        ordered = scores.sort(-1).values
-        return (ordered[..., (n_heads - 1) // 2] + ordered[..., n_heads // 2]) / 2
-    mean = scores.mean(-1)
-    if reduce == "mean" or n_heads == 1:
-        return mean
-    centred = scores - mean[..., None]
-    if reduce == "uwo":
-        return mean - coef * centred.square().sum(-1) / (n_heads - 1)
-    # A norm, because its gradient at equal scores is 0 where that of a square root is not finite.
-    return mean - coef * torch.linalg.vector_norm(centred, dim=-1) / math.sqrt(n_heads - 1)
+def reward_heads_backward_reference(
+    grad_scores: Tensor | None,
+    grad_reduced: Tensor | None,
+    grad_std: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    scores: Tensor,
+    reduce: str,
+    coef: float,
+    needs_hidden: bool,
+    needs_heads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dhidden, dL/dweight and dL/dbias by the closed forms above; empty where not needed."""
+    d = dscores_reference(grad_reduced, grad_std, scores, reduce, coef)
+    if grad_scores is not None:
+        d = d + grad_scores
+    dhidden, dweight, dbias = _empty_gradients(hidden, weight, needs_hidden, needs_heads)
+    if needs_hidden:
+        drows = d @ weight.to(d.dtype)
+        if index is not None:
+            drows = torch.zeros_like(hidden, dtype=d.dtype).index_add(0, index, drows)
+        dhidden = drows.to(hidden.dtype)
+    if needs_heads:
+        rows = hidden if index is None else hidden.index_select(0, index)
+        dweight = (d.t() @ rows.to(d.dtype)).to(weight.dtype)
+        dbias = d.sum(0)
+    return dhidden, dweight, dbias
 
 
-torch.library.define(
-    "fastalign::reward_heads",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? index) -> Tensor",
-)
-torch.library.impl("fastalign::reward_heads", "CompositeImplicitAutograd", reward_heads_reference)
-torch.library.define(
-    "fastalign::reduce_scores", "(Tensor scores, str reduce, float coef) -> Tensor"
-)
-torch.library.impl("fastalign::reduce_scores", "CompositeImplicitAutograd", reduce_scores_reference)
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_heads: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous gradients of hidden, weight and bias, not filled; of no elements if not needed."""
+    n_heads, width = weight.shape if needs_heads else (0, 0)
+    wide = accumulation_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0, 0)),
+        weight.new_empty(n_heads, width),
+        weight.new_empty(n_heads, dtype=wide),
+    )
 
 
-def reduce_scores(scores: Tensor, reduce: str, coef: float | None = None) -> Tensor:
-    """One reward per sample from the scores of K heads; formulas in this module's docstring.
+@torch.library.custom_op("fastalign::reward_heads", mutates_args=())
+def _reward_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    reduce: str,
+    coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    which = choose("reward_heads", hidden)
+    chosen = statistic(reduce, coef, weight.shape[0])
+    if which == "triton":
+        from fastalign.kernels.reward_heads import reward_heads_fwd
 
-    Args:
-        scores: [..., K], K >= 1; bfloat16, float16, float32 or float64.
-        reduce: "mean", "min", "lcb", "uwo" or "median".
-        coef: weight of the spread, required for "lcb" and "uwo" (0 is allowed and means 0, so the
-            mean); the other statistics have no use for it.
-
-    Returns:
-        [...], float32 (float64 for float64). Differentiable; equal minima share the gradient.
-
-    Raises:
-        ValueError: an unknown statistic, no heads, or a coef that is missing or negative.
-    """
-    if reduce not in STATISTICS:
-        raise ValueError(
-            f"reduce_scores: expected reduce to be one of {', '.join(STATISTICS)}, got {reduce!r}"
+        return reward_heads_fwd(hidden, weight, bias, index, chosen)
+    if which == "cpp":
+        return torch.ops.fastalign_cpp.reward_heads(
+            hidden,
+            weight.float(),
+            None if bias is None else bias.float(),
+            None if index is None else index.long(),
+            *chosen,
         )
-    if scores.dim() == 0 or scores.shape[-1] == 0:
-        raise ValueError(f"reduce_scores: expected scores [..., K >= 1], got {tuple(scores.shape)}")
-    if not scores.is_floating_point():
-        raise ValueError(f"reduce_scores: expected a floating dtype, got {scores.dtype}")
-    if reduce in NEED_COEF and (coef is None or not coef >= 0.0):
-        raise ValueError(f"reduce_scores: expected coef >= 0 for {reduce!r}, got {coef}")
-    return torch.ops.fastalign.reduce_scores(scores, reduce, 0.0 if coef is None else float(coef))
+    # Autocast would round the scores to its dtype, and rewards close to each other into ties.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return reward_heads_reference(hidden, weight, bias, index, reduce, coef)
+
+
+@_reward_heads.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    reduce: str,
+    coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = hidden.shape[0] if index is None else index.shape[0]
+    wide = accumulation_dtype(hidden.dtype)
+    scores = hidden.new_empty(n, weight.shape[0], dtype=wide)
+    return scores, hidden.new_empty(n, dtype=wide), hidden.new_empty(n, dtype=wide)
+
+
+@torch.library.custom_op("fastalign::reward_heads_backward", mutates_args=())
+def _reward_heads_backward(
+    grad_scores: Tensor | None,
+    grad_reduced: Tensor | None,
+    grad_std: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    scores: Tensor,
+    reduce: str,
+    coef: float,
+    needs_hidden: bool,
+    needs_heads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    which = choose("reward_heads_backward", hidden)
+    gradients = (grad_scores, grad_reduced, grad_std)
+    chosen = statistic(reduce, coef, weight.shape[0])
+    out = _empty_gradients(hidden, weight, needs_hidden, needs_heads)
+    if which == "triton":
+        from fastalign.kernels.reward_heads import reward_heads_bwd
+
+        reward_heads_bwd(*out, *gradients, hidden, weight, index, scores, chosen)
+        return out
+    if which == "cpp":
+        dweight = out[1].float()
+        rows = None if index is None else index.long()
+        torch.ops.fastalign_cpp.reward_heads_backward(
+            out[0], dweight, out[2], *gradients, hidden, weight.float(), rows, scores, *chosen
+        )
+        return out[0], dweight.to(weight.dtype), out[2]
+    with torch.autocast(hidden.device.type, enabled=False):
+        return reward_heads_backward_reference(
+            *gradients, hidden, weight, index, scores, reduce, coef, needs_hidden, needs_heads
+        )
+
+
+@_reward_heads_backward.register_fake
+def _(
+    grad_scores: Tensor | None,
+    grad_reduced: Tensor | None,
+    grad_std: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    scores: Tensor,
+    reduce: str,
+    coef: float,
+    needs_hidden: bool,
+    needs_heads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(hidden, weight, needs_hidden, needs_heads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, index, ctx.reduce, ctx.coef = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(hidden, weight, index, output[0])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    hidden, weight, index, scores = ctx.saved_tensors
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dhidden, dweight, dbias = _reward_heads_backward(
+        *gradients,
+        hidden,
+        weight,
+        index,
+        scores,
+        ctx.reduce,
+        ctx.coef,
+        needs_hidden,
+        needs_weight or needs_bias,
+    )
+    return (
+        dhidden if needs_hidden else None,
+        dweight if needs_weight else None,
+        dbias.to(ctx.bias_dtype) if needs_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("fastalign::reward_heads", _backward, setup_context=_setup_context)
 
 
 @overload
@@ -105,9 +236,8 @@ def reward_heads(
     index: Tensor | None = None,
     reduce: None = None,
     coef: float | None = None,
+    return_std: Literal[False] = False,
 ) -> Tensor: ...
-
-
 @overload
 def reward_heads(
     hidden: Tensor,
@@ -117,9 +247,9 @@ def reward_heads(
     index: Tensor | None = None,
     reduce: str,
     coef: float | None = None,
+    return_std: Literal[False] = False,
 ) -> tuple[Tensor, Tensor]: ...
-
-
+@overload
 def reward_heads(
     hidden: Tensor,
     weight: Tensor,
@@ -128,32 +258,50 @@ def reward_heads(
     index: Tensor | None = None,
     reduce: str | None = None,
     coef: float | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Scores of K linear heads and, with ``reduce``, their statistic.
+    return_std: Literal[True],
+) -> tuple[Tensor, ...]: ...
+def reward_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    reduce: str | None = None,
+    coef: float | None = None,
+    return_std: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Scores of K linear heads, and with ``reduce`` their statistic, in one read of hidden.
 
     Args:
         hidden: [N, D], the encoder's last hidden states; bfloat16, float16, float32 or float64.
-        weight: [K, D], one row per head.
+        weight: [K, D], one row per head, 1 <= K <= 64.
         bias: [K].
-        index: [B], int64 or int32, the row of each sequence's last token. None scores all N rows (B
-            = N).
+        index: [B], int64 or int32, the row of each sequence's last token, in [0, N); a row may be
+            named more than once. Other values: an error on the CPU, NaN scores and no gradient on
+            CUDA. None scores all N rows (B = N).
         reduce, coef: as in :func:`reduce_scores`.
+        return_std: also return the disagreement of the heads, the standard deviation of each row of
+            scores (ddof = 1; 0 for K = 1).
 
     Returns:
-        scores [B, K]; with ``reduce`` the pair (scores, reduced [B]). float32, or float64 for
-        float64 hidden. Differentiable in hidden, weight and bias.
+        scores [B, K]; a tuple of scores, the statistic [B] with ``reduce`` and the disagreement [B]
+        with ``return_std``, when one of these is asked for. float32, or float64 for float64 hidden.
+        All are differentiable in hidden, weight and bias.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or what :func:`reduce_scores`
-            refuses.
+        ValueError: shapes, dtypes or devices that do not fit, or a statistic or coef that
+            :func:`reduce_scores` refuses.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    fits = hidden.dim() == 2 == weight.dim() and hidden.shape[1] == weight.shape[1] > 0
+    if not fits:
         raise ValueError(
-            "reward_heads: expected hidden [N, D] and weight [K, D], "
+            "reward_heads: expected hidden [N, D] and weight [K, D], D >= 1, "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"reward_heads: expected K >= 1 heads, got weight {tuple(weight.shape)}")
+    if not 1 <= weight.shape[0] <= MAX_HEADS:
+        raise ValueError(
+            f"reward_heads: expected 1 <= K <= {MAX_HEADS} heads, got weight {tuple(weight.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"reward_heads: expected bias [K] = ({weight.shape[0]},), got {tuple(bias.shape)}"
@@ -164,7 +312,7 @@ def reward_heads(
             f"got {tuple(index.shape)} {index.dtype}"
         )
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"reward_heads: expected {name} of a floating dtype, got {tensor.dtype}"
             )
@@ -174,9 +322,8 @@ def reward_heads(
                 f"reward_heads: expected {name} on the device of hidden, {hidden.device}, "
                 f"got {tensor.device}"
             )
-    # Autocast would round the scores to its dtype, and rewards close to each other into ties.
-    with torch.autocast(hidden.device.type, enabled=False):
-        scores = torch.ops.fastalign.reward_heads(hidden, weight, bias, index)
-    if reduce is None:
+    number = 0.0 if reduce is None else check_statistic("reward_heads", reduce, coef)
+    scores, reduced, std = _reward_heads(hidden, weight, bias, index, reduce or "mean", number)
+    if reduce is None and not return_std:
         return scores
-    return scores, reduce_scores(scores, reduce, coef)
+    return (scores, *([] if reduce is None else [reduced]), *([std] if return_std else []))

@@ -29,7 +29,7 @@ from fastalign.data.packing import Packed, token_budget_batches
 from fastalign.data.tokens import TokenizedPrompt, tokenize_prompts
 from fastalign.models import Policy, RewardEnsemble, load_tokenizer
 from fastalign.models.reward import EnsembleConfig, check_same_tokenizer
-from fastalign.ops.reward_heads import STATISTICS
+from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.rollout import SamplingConfig, TransformersEngine
 from fastalign.streams import stream
 from fastalign.train import experience

@@ -127,19 +127,13 @@ def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, totals: Tensor)
     """The part of a batch's loss that some of its pairs carry; the parts add up to the whole.
 
         1/K sum_k  sum_b weights[b, k] l[b, k] / totals[k]
-                 = 1/K sum_k  (weighted mean over these pairs)_k * sum_b weights[b, k] / totals[k]
 
     Args:
         chosen, rejected: fp32 [b, K], scores of these pairs.
         weights: int64 [b, K], how often each pair counts for each head.
         totals: int64 [K], the sum of the weights over the whole batch.
     """
-    shares = weights.sum(0) / totals.clamp(min=1)
-    means = [
-        ops.bradley_terry_loss(*(t[:, k : k + 1] for t in (chosen, rejected)), head_mask=one)
-        for k, one in enumerate(weights.split(1, dim=1))
-    ]
-    return (torch.stack(means) * shares).mean()
+    return ops.bradley_terry_loss(chosen, rejected, head_mask=weights, totals=totals)
 
 
 @torch.no_grad()
