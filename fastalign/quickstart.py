@@ -29,7 +29,7 @@ class QuickstartConfig:
     """auto (CUDA where there is one), cpu, cuda, ..."""
     model: str = "scratch:1m"
     """scratch:1m, 2m, 3m, 10m, 25m or 100m."""
-    steps: int = 16
+    steps: int = 14
     """Rounds of APA."""
 
 
@@ -66,7 +66,7 @@ def run(config: QuickstartConfig) -> Path:
         reward.RewardConfig(
             output=str(folder / "reward"),
             model=str(policy),
-            limit=16000,
+            limit=14000,
             epochs=1,
             batch_tokens=2048,
             max_length=256,
