@@ -21,8 +21,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 2048;        // cells handled together; a multiple of the lanes of every instruction set
-constexpr int64_t kBlocksPerTask = 4;   // what one thread should have before a second one is worth waking
+constexpr int64_t kBlock = 2048;       // cells handled together, or one pair where it has more heads
+constexpr int64_t kBlocksPerTask = 4;  // what one thread should have before a second one is worth waking
+constexpr int64_t kMostLanes = 16;
 
 // Shapes and pointers of one call; null pointers are tensors that are absent.
 struct Pairs {
@@ -31,42 +32,48 @@ struct Pairs {
   const int32_t* mask;
   int64_t n, heads, margin_columns;
   float offset, label_smoothing;
-  std::vector<float> weight;  // of one count of each head: 1 / (heads * max(1, total))
+  std::vector<float> weight;  // of one count, for a block of cells: 1 / (heads * max(1, total of the head))
 };
 
-// Fills gap and share of the cells [first, last), which lie side by side.
+// Fills gap, and how often each counts, of `count` cells that lie side by side from `first` on, the first one of
+// head 0.
 template <typename T>
-void gather_cells(const Pairs& pairs, int64_t first, int64_t last, float* gap, float* share) {
-  const T* chosen = static_cast<const T*>(pairs.chosen);
-  const T* rejected = static_cast<const T*>(pairs.rejected);
-  int64_t b = first / pairs.heads, k = first % pairs.heads;
-  for (int64_t i = first; i < last; ++i) {
-    const int32_t times = pairs.mask ? pairs.mask[i] : 1;
-    const bool kept = times > 0;
-    float d = static_cast<float>(chosen[i]) - static_cast<float>(rejected[i]) - pairs.offset;
-    if (pairs.margin) d -= pairs.margin[pairs.margin_columns == 1 ? b : i];
-    gap[i - first] = kept ? d : 0.0f;
-    share[i - first] = kept ? static_cast<float>(times) * pairs.weight[k] : 0.0f;
-    if (++k == pairs.heads) {
-      k = 0;
-      ++b;
+void gather_cells(const Pairs& pairs, int64_t first, int64_t count, float* __restrict gap,
+                  float* __restrict times) {
+  const T* chosen = static_cast<const T*>(pairs.chosen) + first;
+  const T* rejected = static_cast<const T*>(pairs.rejected) + first;
+  for (int64_t i = 0; i < count; ++i) {
+    gap[i] = static_cast<float>(chosen[i]) - static_cast<float>(rejected[i]) - pairs.offset;
+  }
+  if (pairs.margin && pairs.margin_columns == 1) {
+    for (int64_t i = 0; i < count; i += pairs.heads) {
+      const float margin = pairs.margin[(first + i) / pairs.heads];
+      for (int64_t k = 0; k < pairs.heads; ++k) gap[i + k] -= margin;
     }
+  } else if (pairs.margin) {
+    for (int64_t i = 0; i < count; ++i) gap[i] -= pairs.margin[first + i];
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    times[i] = pairs.mask ? static_cast<float>(pairs.mask[first + i]) : 1.0f;
   }
 }
 
+int64_t cells_of_a_block(int64_t heads) { return heads * std::max<int64_t>(1, kBlock / heads); }
+
 template <typename T>
 double loss_and_dgap(const Pairs& pairs, float* dgap) {
-  const int64_t cells = pairs.n * pairs.heads, blocks = (cells + kBlock - 1) / kBlock;
+  const int64_t cells = pairs.n * pairs.heads, size = cells_of_a_block(pairs.heads);
+  const int64_t blocks = (cells + size - 1) / size;
   // One sum per block: how many threads there are does not change the result.
   std::vector<double> parts(blocks);
   torch::stable::parallel_for(0, blocks, kBlocksPerTask, [&](int64_t first, int64_t last) {
-    std::vector<float> gap(kBlock), share(kBlock);
+    std::vector<float> gap(size + kMostLanes), times(size + kMostLanes);
     for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * kBlock, count = std::min(kBlock, cells - begin);
-      std::fill(gap.begin(), gap.end(), 0.0f);
-      std::fill(share.begin(), share.end(), 0.0f);
-      gather_cells<T>(pairs, begin, begin + count, gap.data(), share.data());
-      FASTALIGN_CALL(cells_loss<float>, gap.data(), share.data(), count, pairs.label_smoothing,
+      const int64_t begin = block * size, count = std::min(size, cells - begin);
+      gather_cells<T>(pairs, begin, count, gap.data(), times.data());
+      // Cells that never count fill the last register.
+      std::fill_n(times.begin() + count, kMostLanes, 0.0f);
+      FASTALIGN_CALL(cells_loss, gap.data(), times.data(), pairs.weight.data(), count, pairs.label_smoothing,
                      &parts[block]);
       std::copy(gap.begin(), gap.begin() + count, dgap + begin);
     }
@@ -77,17 +84,19 @@ double loss_and_dgap(const Pairs& pairs, float* dgap) {
 }
 
 std::vector<float> weight_of(const int32_t* mask, const float* totals, int64_t n, int64_t heads) {
-  std::vector<double> sums(heads, mask ? 0.0 : static_cast<double>(n));
-  if (totals) {
-    std::copy(totals, totals + heads, sums.begin());
-  } else if (mask) {
+  std::vector<int64_t> counts(heads, n);
+  if (mask && !totals) {
+    std::fill(counts.begin(), counts.end(), 0);
     for (int64_t b = 0; b < n; ++b) {
-      for (int64_t k = 0; k < heads; ++k) sums[k] += std::max(0, mask[b * heads + k]);
+      for (int64_t k = 0; k < heads; ++k) counts[k] += std::max(0, mask[b * heads + k]);
     }
   }
-  std::vector<float> weight(heads);
+  std::vector<float> weight(cells_of_a_block(heads) + kMostLanes);
   for (int64_t k = 0; k < heads; ++k) {
-    weight[k] = static_cast<float>(1.0 / (static_cast<double>(heads) * std::max(1.0, sums[k])));
+    const double total = std::max(1.0, totals ? totals[k] : static_cast<double>(counts[k]));
+    for (size_t i = k; i < weight.size(); i += heads) {
+      weight[i] = static_cast<float>(1.0 / (static_cast<double>(heads) * total));
+    }
   }
   return weight;
 }

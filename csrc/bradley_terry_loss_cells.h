@@ -16,21 +16,23 @@ FASTALIGN_INLINE Lanes log1p_unit(Lanes x) {
   return 2.0f * (t + t * t2 * p);
 }
 
-// Of `count` cells, padded to whole registers with cells of share 0: the sum of share * loss, and share * dl/dgap in
-// place of gap.
-template <typename T>
-void cells_loss(T* gap, const T* share, int64_t count, float label_smoothing, double* sum) {
+// Of `count` cells, padded to whole registers with cells of 0 times: the sum of times * weight * loss, and
+// times * weight * dl/dgap in place of gap. Cells of 0 times or less are left out, whatever their gap.
+void cells_loss(float* gap, const float* times, const float* weight, int64_t count, float label_smoothing,
+                double* sum) {
   Lanes total = {};
   for (int64_t j = 0; j < count; j += kLanes) {
-    const Lanes x = load(gap + j), times = load(share + j);
+    const Lanes often = load(times + j);
+    const Lanes x = often > 0.0f ? load(gap + j) : Lanes{};
+    const Lanes share = often > 0.0f ? often * load(weight + j) : Lanes{};
     const Lanes size = as_float(as_word(x) & 0x7fffffffu);
     const Lanes e = exp_lanes(-size);
     Lanes loss = (x < 0.0f ? -x : Lanes{}) + log1p_unit(e);
     // Without smoothing an infinite gap must not become NaN.
     if (label_smoothing > 0.0f) loss += label_smoothing * x;
     const Lanes slope = label_smoothing - (x < 0.0f ? broadcast(1.0f) : e) / (1.0f + e);
-    total += times * loss;
-    store(gap + j, times * slope);
+    total += share * loss;
+    store(gap + j, share * slope);
   }
   *sum = sum_of(total);
 }

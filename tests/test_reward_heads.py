@@ -261,6 +261,25 @@ def test_only_what_needs_a_gradient_is_computed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_alone_may_be_trained(backend: str) -> None:
+    hidden, weight, bias, _ = make(5, 1, 40, 3, torch.bfloat16, device_of(backend))
+    bias.requires_grad_()
+    with fa.backend(backend):
+        reward_heads(hidden, weight, bias).sum().backward()
+    assert bias.grad is not None and bias.grad.dtype == torch.bfloat16
+    assert bias.grad.tolist() == [5.0] * 3
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_bfloat16_gradients_are_rounded_once(backend: str) -> None:
+    """Rounding dL/dscores before the products as well would move about half of the numbers."""
+    inputs = make(40, 60, 300, 5, torch.bfloat16, device_of(backend))
+    got, want = run(backend, inputs, "mean"), run("reference", inputs, "mean")
+    for place in (3, 4):
+        assert (got[place] == want[place]).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_samples(backend: str) -> None:
     device = device_of(backend)
     hidden, weight, bias, _ = make(4, 1, 5, 3, torch.float32, device)
