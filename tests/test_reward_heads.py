@@ -272,11 +272,17 @@ def test_bias_alone_may_be_trained(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_bfloat16_gradients_are_rounded_once(backend: str) -> None:
-    """Rounding dL/dscores before the products as well would move about half of the numbers."""
-    inputs = make(40, 60, 300, 5, torch.bfloat16, device_of(backend))
-    got, want = run(backend, inputs, "mean"), run("reference", inputs, "mean")
+    """Rounding dL/dscores before the products as well would move about half of the numbers.
+
+    Triton's interpreter cuts bfloat16 off where all others round it.
+    """
+    hidden, weight, bias, index = make(40, 60, 300, 5, torch.bfloat16, device_of(backend))
+    got = run(backend, (hidden, weight, bias, index), "mean")
+    exact = run("reference", (hidden.float(), weight.float(), bias.float(), index), "mean")
     for place in (3, 4):
-        assert (got[place] == want[place]).float().mean() > 0.98
+        cut = (exact[place].view(torch.int32) & -65536).view(torch.float32)
+        same = (got[place] == exact[place].bfloat16()) | (got[place].float() == cut)
+        assert same.float().mean() > 0.98
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

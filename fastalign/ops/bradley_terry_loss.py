@@ -134,26 +134,25 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    chosen, rejected, margin = inputs[:3]
-    ctx.dtypes = [None if x is None else x.dtype for x in (chosen, rejected, margin)]
-    ctx.margin_shape = None if margin is None else margin.shape
+    ctx.margin_shape = None if inputs[2] is None else inputs[2].shape
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> Any:
+    """Autograd brings each gradient to the dtype of its input."""
     (dgap,) = ctx.saved_tensors
-    dchosen = drejected = dmargin = None
-    if grad_loss is not None:
-        d = grad_loss * dgap
-        if ctx.needs_input_grad[0]:
-            dchosen = d.to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1]:
-            drejected = (-d).to(ctx.dtypes[1])
-        if ctx.needs_input_grad[2]:
-            dmargin = (-d).sum_to_size(ctx.margin_shape).to(ctx.dtypes[2])
-    return dchosen, drejected, dmargin, None, None, None, None
+    needs_chosen, needs_rejected, needs_margin = ctx.needs_input_grad[:3]
+    if grad_loss is None:
+        return (None,) * 7
+    d = grad_loss * dgap
+    return (
+        d if needs_chosen else None,
+        -d if needs_rejected else None,
+        (-d).sum_to_size(ctx.margin_shape) if needs_margin else None,
+        *(None,) * 4,
+    )
 
 
 torch.library.register_autograd(

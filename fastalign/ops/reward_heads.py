@@ -194,8 +194,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, index, ctx.reduce, ctx.coef = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    hidden, weight, _, index, ctx.reduce, ctx.coef = inputs
     ctx.save_for_backward(hidden, weight, index, output[0])
     ctx.set_materialize_grads(False)
 
@@ -217,7 +216,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> Any:
     return (
         dhidden if needs_hidden else None,
         dweight if needs_weight else None,
-        dbias.to(ctx.bias_dtype) if needs_bias else None,
+        dbias if needs_bias else None,
         None,
         None,
         None,
