@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from fastalign import losses
 from fastalign.ops.linear_loss import linear_loss
 
 
 def bad_cases() -> dict[str, tuple[dict[str, Any], str]]:
     learned = torch.ones((), requires_grad=True)
+    ratios = {"advantages": torch.ones(4), "old_logp": torch.zeros(4)}
     return {
         "mean": (dict(loss=lambda p, h: p.mean()), r"per token, shape \(4,\), got \(\)"),
         "not a tensor": (dict(loss=lambda p, h: 1.0), "per token.*got float"),
@@ -23,6 +25,25 @@ def bad_cases() -> dict[str, tuple[dict[str, Any], str]]:
         "cu_seqlens": (
             dict(groups=torch.tensor([0, 4]), inputs={"cu_seqlens": torch.ones(4)}),
             "no input named cu_seqlens",
+        ),
+        "no graph": (
+            dict(loss=lambda p, h: -p.detach()),
+            "a gradient in logp, entropy or an input",
+        ),
+        "integers": (dict(loss=lambda p, h: (p > 0).long()), "torch.int64 values without one"),
+        "learned constant": (
+            dict(loss=losses.MLE(), inputs={"weights": torch.ones(4, requires_grad=True)}),
+            "MLE has no gradient in its inputs; weights requires grad",
+        ),
+        "sequences": (
+            dict(loss=losses.GRPO("grpo"), inputs=ratios),
+            "whose tokens count alike.*averages every sequence first",
+        ),
+        "sum": (dict(loss=losses.GRPO("dr_grpo"), inputs=ratios), "expected a normalizer with"),
+        "learned normalizer": (dict(normalizer=learned), "normalizer has no gradient"),
+        "reference dtype": (
+            dict(ref_hidden=torch.zeros(4, 5).double(), ref_weight=torch.zeros(7, 5).double()),
+            "float64 only beside float64",
         ),
         "weight": (dict(weight=torch.zeros(7, 6)), r"\(4, 5\) and \(7, 6\)"),
         "workspace": (dict(workspace=1), "workspace >= 28 bytes"),

@@ -14,6 +14,7 @@ import torch
 from heads import gradients
 from torch import Tensor
 
+from fastalign import losses
 from fastalign.ops import linear_logprobs, linear_loss
 from fastalign.testing import assert_no_worse, peaked_head
 
@@ -100,6 +101,39 @@ def test_the_weights_gradient_does_not_wear_with_the_number_of_slabs(dtype: torc
     one = rms(fused(hidden, weight, targets, factors, N)["dweight"], true)
     many = rms(fused(hidden, weight, targets, factors, N // 32)["dweight"], true)
     assert many <= 1.05 * one
+
+
+@pytest.mark.parametrize("into_buffer", [False, True], ids=["returned", "buffer"])
+@pytest.mark.parametrize("slab", [None, 512], ids=["1 slab", "4 slabs"])
+def test_a_mean_in_float16_under_a_gradient_scaler(slab: int | None, into_buffer: bool) -> None:
+    """dlogits over the number of tokens would underflow before the scaler could multiply them."""
+    n, scaler = 2048, 65536.0
+    hidden, weight, targets = peaked_head(n, H, V, dtype=torch.float16)
+    workspace = slab and slab * V * 2
+
+    def mean(logp: Tensor) -> Tensor:
+        return -logp.sum() / n
+
+    h, w = (x.double().requires_grad_() for x in (hidden, weight))
+    true = gradients(mean(linear_logprobs(h, w, targets)), h, w)
+    h, w = (x.clone().requires_grad_() for x in (hidden, weight))
+    plain = gradients(scaler * mean(linear_logprobs(h, w, targets)), h, w)
+    buffer = torch.zeros(V, H) if into_buffer else None
+    out = linear_loss(
+        h,
+        w,
+        targets,
+        losses.MLE(),
+        normalizer=n / scaler if into_buffer else None,
+        weight_grad=buffer,
+        workspace=workspace,
+    )
+    if buffer is not None:
+        own = [*gradients(out.loss, h), buffer]
+    else:
+        own = gradients(scaler * out.loss, h, w)
+    for got, theirs, want in zip(own, plain, true, strict=True):
+        assert rms(got, scaler * want) <= 1.1 * rms(theirs, scaler * want)
 
 
 def adversarial() -> dict[str, tuple[Tensor, Tensor]]:

@@ -345,3 +345,12 @@ def test_gspo_through_the_loss_head() -> None:
     assert one.item() == pytest.approx(other.loss.item(), rel=1e-5)
     slopes = [torch.autograd.grad(x, hidden, retain_graph=True)[0] for x in (one, other.loss)]
     assert (slopes[0] - slopes[1]).abs().max() <= 1e-5 * slopes[1].abs().max()
+
+
+def test_second_derivatives_are_refused() -> None:
+    logp = torch.full((4,), -1.0, requires_grad=True)
+    inputs = {"advantages": torch.ones(4), "old_logp": torch.zeros(4)}
+    loss, _ = fa.ops.policy_loss(fa.losses.PPO(), logp, inputs)
+    (slope,) = torch.autograd.grad(loss.square(), logp, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()

@@ -20,6 +20,7 @@ Tests: tests/test_linear_loss.py. Benchmark: benchmarks/bench_linear_loss.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,9 @@ from torch.autograd.function import once_differentiable
 from fastalign.ops.linear_logprobs import linear_logprobs_reference
 from fastalign.ops.linear_loss_call import FROM_REFERENCE, Loss, accepted
 from fastalign.ops.linear_loss_walk import Call, Reference, Walk
+from fastalign.ops.policy_loss import fused
 from fastalign.ops.slab import IGNORE_NOTHING, check_head, check_softcap, follow_autocast
+from fastalign.ops.token_kl import check_same_precision
 from fastalign.ops.token_logprobs import accumulation_dtype, check_targets, temperature_tensor
 
 OP = "linear_loss"
@@ -88,7 +91,8 @@ class _LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         walk = Walk(call, hidden, weight, bias)
         walk.run()
-        ctx.into_buffer = call.weight_grad is not None
+        ctx.into_buffer, ctx.share = call.weight_grad is not None, walk.loss.share
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*walk.grads.result(), *walk.loss.learned.values())
         found = [walk.scattered("logp"), walk.scattered("entropy")]
         if call.reference is not None:
@@ -99,20 +103,29 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-        grads = ctx.saved_tensors
-        on_cpu = grad_loss.device.type == "cpu"
         if ctx.into_buffer:
-            _check_upstream(grad_loss, on_cpu)
+            _check_upstream(ctx, grad_loss)
+        factor = grad_loss * ctx.share
         # On a CPU looking at the factor is free, and multiplying dW by one is not.
-        elif not on_cpu or grad_loss != 1.0:
-            grads = tuple(None if g is None else _times(g, grad_loss) for g in grads)
-        return None, *grads
+        if factor.device.type == "cpu" and factor == 1.0 and ctx.dtypes[0] != torch.float16:
+            return None, *ctx.saved_tensors
+        dtypes = [*ctx.dtypes, *(None if g is None else g.dtype for g in ctx.saved_tensors[3:])]
+        return None, *(
+            None if g is None else _times(g, factor, dtype)
+            for g, dtype in zip(ctx.saved_tensors, dtypes, strict=True)
+        )
 
 
-def _check_upstream(grad_loss: Tensor, on_cpu: bool) -> None:
-    """The weight's gradient is in its buffer already: nothing may multiply the others."""
-    if not on_cpu:
-        torch._assert_async(grad_loss == 1.0)
+def _check_upstream(ctx: Any, grad_loss: Tensor) -> None:
+    """The weight's gradient is in its buffer already: nothing may multiply or repeat the others."""
+    if getattr(ctx, "went_backward", False):
+        raise ValueError(
+            f"{OP}: expected one backward pass when weight_grad is given, got a second one: the "
+            "weight's gradient was added once, in the forward pass"
+        )
+    ctx.went_backward = True
+    if grad_loss.device.type != "cpu":
+        torch._assert_async(grad_loss == 1.0, f"{OP}: weight_grad with an upstream gradient")
     elif grad_loss != 1.0:
         raise ValueError(
             f"{OP}: expected the loss to be the end of the graph when weight_grad is given (its "
@@ -121,10 +134,10 @@ def _check_upstream(grad_loss: Tensor, on_cpu: bool) -> None:
         )
 
 
-def _times(g: Tensor, factor: Tensor) -> Tensor:
+def _times(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """g * factor; a gradient scaler's 65536 is infinite in float16, so there in float32."""
-    wide = torch.float32 if g.dtype == torch.float16 else g.dtype
-    return (g.to(wide) * factor.to(wide)).to(g.dtype)
+    wide = torch.float32 if torch.float16 in (g.dtype, dtype) else g.dtype
+    return (g.to(wide) * factor.to(wide)).to(dtype)
 
 
 def linear_loss(
@@ -139,7 +152,7 @@ def linear_loss(
     softcap: float | None = None,
     ignore_index: int | None = -100,
     normalizer: float | Tensor | None = None,
-    groups: Tensor | list[int] | None = None,
+    groups: Tensor | Sequence[int] | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
@@ -182,15 +195,18 @@ def linear_loss(
             of any size. Its logits are computed slab by slab beside the policy's (one more product)
             at the same temperature and soft-cap, and the loss receives ``kl`` [C], the exact
             KL(policy || reference) over the vocabulary in nats, differentiable, and ``ref_logp``
-            [C], whichever of the two it takes.
+            [C], whichever of the two it takes (an object of fastalign.losses may take neither: the
+            metrics have them).
         weight_grad: float32 (float64 for float64) [V, H] contiguous buffer to which the weight's
             gradient is added during this call, instead of being returned by ``backward``: no
             accumulator, no copy, over micro-batches no rounding. Usually ``weight.grad``. Each call
-            adds once, whether or not ``backward`` follows; the loss must be the end of the graph.
+            adds once, whether or not ``backward`` follows: the loss must be the end of the graph,
+            run backward once, and not lie in an activation checkpoint, which would call it again.
+            Hooks on the weight do not see it.
         workspace: bytes of logits that may be held at once; see ``plan``.
         batch_invariant: every product has the shape of a full slab (the last one is filled up with
-            zeros), so that a token's log-prob, entropy and dhidden are the same bits whatever
-            other tokens are in the batch. ``workspace`` fixes the slab.
+            zeros), so that a token's log-prob, entropy and, with a ``normalizer``, its dhidden are
+            the same bits whatever other tokens are in the batch. ``workspace`` fixes the slab.
 
     Returns:
         LossOutput(loss, logp, entropy, metrics, ref_logp, kl).
@@ -211,6 +227,7 @@ def linear_loss(
     learned = tuple(
         name for name, x in inputs.items() if grad and isinstance(x, Tensor) and x.requires_grad
     )
+    _check_loss(loss, learned, normalizer, ref_hidden is not None)
     call = Call(
         targets=targets,
         temperature=temperature_tensor(OP, temperature, hidden, targets.shape),
@@ -221,9 +238,7 @@ def linear_loss(
         learned=learned,
         normalizer=_checked_normalizer(normalizer),
         groups=bounds,
-        reference=_checked_reference(
-            hidden, weight, ref_hidden, ref_weight, ref_bias, loss, inputs
-        ),
+        reference=_checked_reference(hidden, weight, ref_hidden, ref_weight, ref_bias, inputs),
         weight_grad=_checked_weight_grad(weight_grad, weight),
         workspace=workspace,
         batch_invariant=batch_invariant,
@@ -241,8 +256,38 @@ def linear_loss(
     return LossOutput(loss_value, logp, entropy, call.metrics, *others)
 
 
+def _check_loss(
+    loss: Loss, learned: tuple[str, ...], normalizer: float | Tensor | None, has_reference: bool
+) -> None:
+    """What the objects of fastalign.losses ask for beyond their inputs."""
+    name = type(loss).__name__
+    per_sequence = getattr(loss, "per_sequence", False)
+    if learned and (fused(loss) or per_sequence):
+        raise ValueError(
+            f"{OP}: expected constants, because {name} has no gradient in its inputs; "
+            f"{', '.join(learned)} requires grad"
+        )
+    reduction = getattr(loss, "reduction", "token_mean")
+    if reduction == "sequence_mean" and not per_sequence:
+        raise ValueError(
+            f"{OP}: expected a loss whose tokens count alike, got {loss}, which averages every "
+            "sequence first; use policy_loss on linear_logprobs, or divide its advantages by the "
+            "lengths"
+        )
+    if reduction == "sum" and normalizer is None:
+        raise ValueError(f"{OP}: expected a normalizer with {loss}, whose sum is divided by one")
+    if has_reference and not hasattr(loss, "required"):
+        if not any(accepted(loss, given) for given in FROM_REFERENCE):
+            raise ValueError(
+                f"{OP}: ref_hidden is given, so expected a loss that takes kl or ref_logp, "
+                f"got {loss}"
+            )
+
+
 def _checked_normalizer(normalizer: float | Tensor | None) -> float | Tensor | None:
     if isinstance(normalizer, Tensor):
+        if normalizer.requires_grad:
+            raise ValueError(f"{OP}: normalizer has no gradient, got a tensor that requires grad")
         if normalizer.dim() != 0:
             raise ValueError(
                 f"{OP}: expected normalizer as a number or a 0-d tensor, "
@@ -256,7 +301,7 @@ def _checked_normalizer(normalizer: float | Tensor | None) -> float | Tensor | N
     return normalizer
 
 
-def _checked_groups(groups: Tensor | list[int], n: int, inputs: dict[str, Any]) -> list[int]:
+def _checked_groups(groups: Tensor | Sequence[int], n: int, inputs: dict[str, Any]) -> list[int]:
     """cu_seqlens on the host."""
     if isinstance(groups, Tensor):
         if groups.dim() != 1 or groups.is_floating_point():
@@ -265,15 +310,16 @@ def _checked_groups(groups: Tensor | list[int], n: int, inputs: dict[str, Any]) 
                 f"got shape {tuple(groups.shape)}, {groups.dtype}"
             )
         groups = groups.tolist()
-    if len(groups) < 2:
-        raise ValueError(f"{OP}: expected groups [G + 1] with G >= 1, got {len(groups)} bounds")
+    bounds = list(groups)
+    if len(bounds) < 2:
+        raise ValueError(f"{OP}: expected groups [G + 1] with G >= 1, got {len(bounds)} bounds")
     if "cu_seqlens" in inputs:
         raise ValueError(f"{OP}: expected no input named cu_seqlens beside groups")
-    if groups[0] != 0 or groups[-1] != n or groups != sorted(groups):
+    if bounds[0] != 0 or bounds[-1] != n or bounds != sorted(bounds):
         raise ValueError(
-            f"{OP}: expected groups to rise from 0 to N = {n}, got {groups[:3]}..{groups[-1]}"
+            f"{OP}: expected groups to rise from 0 to N = {n}, got {bounds[:3]}..{bounds[-1]}"
         )
-    return groups
+    return bounds
 
 
 def _checked_reference(
@@ -282,7 +328,6 @@ def _checked_reference(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
-    loss: Loss,
     inputs: dict[str, Any],
 ) -> Reference | None:
     if ref_hidden is None or ref_weight is None:
@@ -293,6 +338,7 @@ def _checked_reference(
     ref_bias = None if ref_bias is None else ref_bias.detach()
     ref_hidden, ref_weight, ref_bias = follow_autocast(ref_hidden, ref_weight, ref_bias)
     check_head(f"{OP} (reference)", ref_hidden, ref_weight, ref_bias)
+    check_same_precision(OP, "ref_hidden", ref_hidden, hidden)
     fits = ref_hidden.shape[0] == hidden.shape[0] and ref_weight.shape[0] == weight.shape[0]
     if not fits or ref_hidden.device != hidden.device:
         raise ValueError(
@@ -303,10 +349,6 @@ def _checked_reference(
     for name in FROM_REFERENCE:
         if name in inputs:
             raise ValueError(f"{OP}: expected no input named {name} beside ref_hidden")
-    if not any(accepted(loss, name) for name in FROM_REFERENCE):
-        raise ValueError(
-            f"{OP}: ref_hidden is given, so expected a loss that takes kl or ref_logp, got {loss}"
-        )
     return Reference(ref_hidden, ref_weight, ref_bias)
 
 

@@ -39,8 +39,8 @@ def accepted(loss: Loss, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Derivatives:
-    """dloss/d(logp, entropy, kl) of the rows of a slab, [C] each, already over the normalizer;
-    None: not used."""
+    """dloss/d(logp, entropy, kl) of the rows of a slab, [C] each, over ``LossCall.divisor``; None:
+    not used."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -62,6 +62,7 @@ class LossCall:
         rows, groups: the rows that count, and their groups (None: a loss per token).
         normalizer: None: the number of rows, or of groups.
         want_grad: whether any derivative will be used.
+        narrow: derivatives stay undivided by the normalizer; ``share`` is what is left to do.
         like: a tensor of the dtype and on the device of the loss.
     """
 
@@ -74,16 +75,30 @@ class LossCall:
         groups: Groups | None,
         normalizer: float | Tensor | None,
         want_grad: bool,
+        narrow: bool,
         like: Tensor,
     ) -> None:
         self.loss, self.inputs, self.names = loss, inputs, learned
         self.rows, self.groups, self.want_grad = rows, groups, want_grad
         count = rows.count if groups is None else groups.count
         self.normalizer = max(count, 1) if normalizer is None else normalizer
+        # float16 cannot hold dlogits of a mean over thousands of tokens: there it is divided last.
+        self.unscaled = narrow
+        self.divisor = 1.0 if narrow else self.normalizer
         self.total = torch.zeros((), dtype=like.dtype, device=like.device)
         self.learned = {name: torch.zeros_like(inputs[name]) for name in learned}
         self.statistics: dict[str, Tensor] = {}
-        self.fused = fused(loss) and groups is None and not learned
+        self.fused = fused(loss) and groups is None
+        # What the loss does not take is there for the metrics.
+        known = hasattr(loss, "required")
+        self.withheld = [
+            name for name in ("ref_logp", "old_logp") if known and not accepted(loss, name)
+        ]
+
+    @property
+    def share(self) -> float | Tensor:
+        """What is still to be multiplied with the derivatives: 1, or one over the normalizer."""
+        return 1.0 / self.normalizer if self.unscaled else 1.0
 
     def __call__(self, start: int, stop: int, unit: Range, stats: dict[str, Tensor]) -> Derivatives:
         """Adds the loss of the kept rows start..stop to ``total``; returns its derivatives.
@@ -92,7 +107,11 @@ class LossCall:
             unit: the same rows, or the range of groups that they make up.
             stats: "logp", "entropy" and what else is known of each row, [C] detached.
         """
-        cut = {name: self._cut(x, start, stop, unit) for name, x in self.inputs.items()}
+        cut = {
+            name: self._cut(x, start, stop, unit)
+            for name, x in self.inputs.items()
+            if name not in self.withheld
+        }
         if self.groups is not None:
             first, last = unit
             cut["cu_seqlens"] = self.groups.tensor[first : last + 1] - self.groups.tensor[first]
@@ -115,10 +134,16 @@ class LossCall:
         self._check(values, (stop - start,) if self.groups is None else (unit[1] - unit[0],))
         self.total += values.detach().sum(dtype=self.total.dtype) / self.normalizer
         self._collect_statistics(logp, entropy, cut)
-        if not self.want_grad or not values.requires_grad:
+        if not self.want_grad:
             return Derivatives(torch.zeros_like(logp), None, None)
+        if not values.requires_grad:
+            raise ValueError(
+                "linear_loss: expected loss to return values with a gradient in logp, entropy or "
+                f"an input, got {values.dtype} values without one; under torch.no_grad() none is "
+                "asked for"
+            )
         _check_closed(values, leaves)
-        seed = torch.ones_like(values) / self.normalizer
+        seed = torch.ones_like(values) / self.divisor
         grads = torch.autograd.grad(values, leaves, seed, allow_unused=True)
         for name, grad in zip(self.names, grads[n_stats:], strict=True):
             if grad is not None:
@@ -129,12 +154,12 @@ class LossCall:
     def _fused(self, stats: dict[str, Tensor], cut: dict[str, Any]) -> Derivatives:
         """Values and derivatives by one kernel."""
         logp, entropy = stats["logp"], stats["entropy"]
-        if "ref_logp" in stats:
+        if "ref_logp" in stats and accepted(self.loss, "ref_logp"):
             cut["ref_logp"] = stats["ref_logp"]
         values, g, e = policy_loss_terms(self.loss, logp, entropy, cut)
         self.total += values.sum(dtype=self.total.dtype) / self.normalizer
         self._collect_statistics(logp, entropy, cut)
-        return Derivatives(g / self.normalizer, None if e is None else e / self.normalizer, None)
+        return Derivatives(g / self.divisor, None if e is None else e / self.divisor, None)
 
     def _check(self, values: Any, expected: tuple[int]) -> None:
         if isinstance(values, Tensor) and values.shape == expected:

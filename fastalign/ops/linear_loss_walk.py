@@ -82,21 +82,16 @@ class Walk:
             self.groups,
             call.normalizer,
             any(call.need) or bool(call.learned),
+            hidden.dtype == torch.float16,
             self.stats,
         )
 
     def run(self) -> None:
         with ExitStack() as stack:
             self._reserve(stack)
-            self.grads = HeadGradients(
-                self.hidden,
-                self.weight,
-                self.bias,
-                self.rows,
-                len(self.cuts),
-                self.call.need,
-                into=self.call.weight_grad,
-            )
+            if not self.cuts and self.loss.fused:
+                # No token counts: the metrics have the same names all the same.
+                self.loss(0, 0, (0, 0), self._stats(0, 0))
             if self.plan.mode == "single pass":
                 for (start, stop), unit in zip(self.cuts, self.units, strict=True):
                     z, r, h = self._forward(start, stop)
@@ -121,6 +116,17 @@ class Walk:
             tallest = self.plan.slab if self.call.batch_invariant and tallest else tallest
             vocab = self.weight.shape[0]
             try:
+                self.grads = HeadGradients(
+                    self.hidden,
+                    self.weight,
+                    self.bias,
+                    self.rows,
+                    len(self.cuts),
+                    self.call.need,
+                    into=self.call.weight_grad,
+                    unscaled=self.loss.unscaled,
+                    share=self.loss.share,
+                )
                 self.work = stack.enter_context(logits_workspace(tallest, vocab, self.hidden))
                 if reference is not None:
                     like = reference.hidden
@@ -130,6 +136,8 @@ class Walk:
                 if self.call.workspace is not None or self.plan.slab == 1:
                     raise
                 stack.close()
+                for name in ("grads", "work", "ref_work"):  # the failed attempt's memory
+                    vars(self).pop(name, None)
                 budget = max(self.plan.workspace // 2, self.plan.workspace // self.plan.slab)
 
     def _plan(self, budget: int | None) -> Plan:

@@ -16,8 +16,8 @@ A reference model adds one product wherever logits are computed.
 
 The default budget is 1 GiB, or a sixteenth of the memory of the device where that is less. It does
 not follow the memory that happens to be free: the cut into slabs would change with it, and with the
-cut the last bits of the weight's gradient. Where even that much is not free, linear_loss halves the
-slab until it fits.
+cut the last bits of the weight's gradient. Where even that much is not free on a GPU, linear_loss
+halves the slab until it fits.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def plan(
     else:
         mode = "single pass"
         if longest_group is not None and longest_group > slab:
-            held = slab = longest_group
+            held = slab = fits if batch_invariant else longest_group
             why = f"the longest group has {longest_group} tokens"
     if again:
         gemms, flops = 2 * gemms, 2 * flops

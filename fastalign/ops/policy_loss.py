@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from fastalign.backend import choose
@@ -183,7 +184,11 @@ class _PolicyLoss(torch.autograd.Function):
         _setup_context(ctx, args, output)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        # The slopes are constants to autograd: a second derivative would be wrong in silence.
+        return _backward(ctx, *grads)
 
 
 def fused(loss: object) -> bool:

@@ -152,6 +152,8 @@ class HeadGradients:
         slabs: how many ``add`` will bring.
         need: whether dH, dW and dbias are wanted.
         into: accumulation-dtype [V, H] that dW is added to, instead of being returned.
+        unscaled: the dlogits are still to be scaled, so dW and dbias stay in accumulation dtype.
+        share: factor of what is added to ``into``. A tensor makes the host wait for a CUDA device.
     """
 
     def __init__(
@@ -163,10 +165,14 @@ class HeadGradients:
         slabs: int,
         need: tuple[bool, bool, bool],
         into: Tensor | None = None,
+        unscaled: bool = False,
+        share: float | Tensor = 1.0,
     ) -> None:
         self.weight = weight
         self.rows = rows
         self.into = into
+        self.share = 1.0 if into is None else float(share)
+        self.unscaled = unscaled
         wide = accumulation_dtype(weight.dtype)
         self.dhidden = self.dweight = self.dbias = None
         empty = rows.count == 0
@@ -176,7 +182,7 @@ class HeadGradients:
         if into is not None:
             self.dweight = into
         elif need[1]:
-            dtype = wide if slabs > 1 else weight.dtype
+            dtype = wide if slabs > 1 or unscaled else weight.dtype
             self.dweight = fresh(weight.shape, dtype, weight.device)
             if empty:
                 self.dweight.zero_()
@@ -206,12 +212,12 @@ class HeadGradients:
     def _add_weight(self, dz: Tensor, hidden: Tensor) -> None:
         out = self.dweight
         assert out is not None
+        factors = {"beta": 0.0 if self.first else 1.0, "alpha": self.share}
         if out.dtype == dz.dtype:
-            torch.addmm(out, dz.t(), hidden, beta=0.0 if self.first else 1.0, out=out)
+            torch.addmm(out, dz.t(), hidden, **factors, out=out)
         elif out.is_cuda:
             # The operands stay narrow (tensor cores), the sum over slabs is float32.
-            beta = 0.0 if self.first else 1.0
-            torch.addmm(out, dz.t(), hidden, out_dtype=out.dtype, beta=beta, out=out)
+            torch.addmm(out, dz.t(), hidden, out_dtype=out.dtype, **factors, out=out)
         else:
             # CPU products of narrow operands can only return narrow results, and rounding each
             # slab's part before adding it would bias the sum: widen the operands instead, some
@@ -219,11 +225,13 @@ class HeadGradients:
             wide = hidden.to(out.dtype)
             columns = max(1, WIDENED_BYTES // (4 * max(1, len(dz))))
             for rows, part in zip(out.split(columns), dz.split(columns, dim=1), strict=True):
-                beta = 0.0 if self.first else 1.0
-                torch.addmm(rows, part.to(out.dtype).t(), wide, beta=beta, out=rows)
+                torch.addmm(rows, part.to(out.dtype).t(), wide, **factors, out=rows)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dH, dW and dbias in the dtypes of what they are gradients of."""
         dweight, dbias = None if self.into is not None else self.dweight, self.dbias
+        if self.unscaled:
+            return self.dhidden, dweight, dbias
         if dweight is not None:
             dweight = dweight.to(self.weight.dtype)
         if dbias is not None and self.bias is not None:
