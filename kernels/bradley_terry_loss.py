@@ -105,7 +105,10 @@ def _bradley_terry_loss_kernel(
     loss += tl.where(label_smoothing > 0.0, label_smoothing * gap, 0.0)
     slope = label_smoothing - tl.where(gap < 0.0, 1.0, e) / (1.0 + e)
     share = times * weight[None, :]
-    tl.store(parts_ptr + tl.program_id(0), tl.sum(tl.sum(tl.where(kept, share * loss, 0.0), 1), 0))
+    tl.store(
+        parts_ptr + tl.program_id(0).to(tl.int64),
+        tl.sum(tl.sum(tl.where(kept, share * loss, 0.0), 1), 0),
+    )
     at = b[:, None] * heads + columns[None, :]
     tl.store(dgap_ptr + at, tl.where(kept, share * slope, 0.0), mask=inside)
 
