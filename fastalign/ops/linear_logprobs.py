@@ -324,7 +324,8 @@ def linear_logprobs(
             gradient 0. Counting them makes the host wait once for a CUDA device; ``None`` drops
             nothing and never waits.
         return_entropy: also return the entropy of each row (nats).
-        workspace: bytes of logits that may be held at once; see ``plan``.
+        workspace: bytes of logits that may be held at once; see ``plan``. Where all are kept, the
+            backward pass holds one slab of their gradient besides.
         batch_invariant: as in ``linear_loss``.
 
     Returns:
