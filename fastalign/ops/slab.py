@@ -24,7 +24,7 @@ from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 # small.
 IGNORE_NOTHING = -(1 << 31)
 WIDENED_BYTES = 16 << 20
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 512 << 20
 _kept = threading.local()
 
 
