@@ -190,13 +190,18 @@ def test_absent_libraries_are_named() -> None:
 
 
 def test_rounds_are_interleaved_and_bounded() -> None:
-    order: list[str] = []
-    runs = {name: partial(order.append, name) for name in "abc"}
+    """Each round calls each candidate, twice in turn on a CPU, in an order of its own."""
+    calls: list[str] = []
+    runs = {name: partial(calls.append, name) for name in "abc"}
     taken = timing.timings(runs, "cpu", 5)
-    assert order == list("abc") * 5 and taken["a"].rounds == 5
-    order.clear()
+    rounds = ["".join(calls[i : i + 6]) for i in range(0, len(calls), 6)]
+    orders = [once[::2] for once in rounds]
+    assert len(rounds) == taken["a"].rounds == 5
+    assert all(once[::2] == once[1::2] and sorted(once[::2]) == list("abc") for once in rounds)
+    assert len({*orders}) > 1
+    calls.clear()
     assert timing.timings(runs, "cpu", 5, limit=0.0)["b"].rounds == timing.LEAST_ROUNDS
-    assert order == list("abc") * timing.LEAST_ROUNDS
+    assert len(calls) == 6 * timing.LEAST_ROUNDS
 
 
 def test_median_and_quartiles() -> None:
