@@ -30,9 +30,9 @@ import torch
 MOST_WORKSPACE = 1 << 30
 SHARE_OF_MEMORY = 16
 # A CPU's products rearrange the whole weight once per slab, and the weight's gradient is read and
-# written once per slab: 12 % of the time with slabs of 256 float32 rows, 3 % with 1024. Narrow dtypes
-# want one slab: over several, the weight's gradient is summed from widened operands, because CPU
-# products of narrow operands cannot return float32.
+# written once per slab: 12 % of the time with slabs of 256 float32 rows, 3 % with 1024. Narrow
+# dtypes want one slab: over several, the weight's gradient is summed from widened operands, because
+# CPU products of narrow operands cannot return float32.
 CPU_SLAB = 1024
 
 
