@@ -134,3 +134,56 @@ def test_the_kl_is_a_metric_for_any_object() -> None:
     )
     plain = linear_loss(hidden, weight, targets, losses.MLE())
     assert out.metrics["kl"] > 0 and torch.equal(out.loss, plain.loss)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("groups", [None, (0, 20, 37)], ids=["tokens", "groups"])
+def test_a_loss_may_change_its_arguments_in_place(
+    groups: tuple[int, ...] | None, dropped: bool
+) -> None:
+    """They are its own: the caller's tensors, the outputs and the metrics stay as they are."""
+    hidden, weight, targets, given = make()
+    targets = targets if dropped else targets.clamp(min=0)
+    inputs = {name: given[name] for name in ("advantages", "old_logp")}
+    inputs |= {"cost": torch.tensor(0.5), "each": torch.rand(2 if groups else len(targets))}
+    before = {name: x.clone() for name, x in inputs.items()}
+
+    class Doubles:
+        required = tuple(inputs)
+        optional = ("ref_logp", "kl")
+
+        def __init__(self, in_place: bool) -> None:
+            self.in_place = in_place
+
+        def statistics(self, logp: Tensor, entropy: Tensor, **x: Tensor) -> dict[str, Tensor]:
+            return {"gain": x["advantages"] - x["ref_logp"]}
+
+        def __call__(self, logp: Tensor, entropy: Tensor, **x: Tensor) -> Tensor:
+            for name in (*inputs, "ref_logp"):
+                x[name] = x[name].mul_(2.0) if self.in_place else 2.0 * x[name]
+            values = x["advantages"] * (logp - x["old_logp"]) + x["cost"] * entropy + x["kl"]
+            values = values + x["ref_logp"]
+            if groups is None:
+                return values * x["each"]
+            sums = [part.sum() for part in values.split(x["cu_seqlens"].diff().tolist())]
+            return torch.stack(sums) * x["each"]
+
+    reference = torch.randn(weight.shape)
+    runs = []
+    for in_place in (False, True):
+        out = linear_loss(
+            hidden,
+            weight,
+            targets,
+            Doubles(in_place),
+            inputs,
+            groups=groups,
+            ref_hidden=hidden,
+            ref_weight=reference,
+            workspace=rows(40),
+        )
+        tensors = (out.loss, out.ref_logp, *(out.metrics[k] for k in sorted(out.metrics)))
+        runs.append([*tensors, *gradients(out.loss, hidden, weight)])
+    assert all(torch.equal(inputs[name], x) for name, x in before.items())
+    for got, want in zip(*runs, strict=True):
+        assert torch.equal(got, want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -10,57 +11,177 @@ import torch
 from heads import gradients, make, policy_loss
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from fastalign import losses
 from fastalign.ops import linear_loss
+from fastalign.ops.slab import _numbers
 
-WALK = importlib.import_module("fastalign.ops.linear_loss_walk")
+SLAB = importlib.import_module("fastalign.ops.slab")
 N, H, V = 512, 16, 300
 ROW = 4 * V
+GROUPS = [0, 100, 512]
+GSPO = losses.GRPO("gspo", kl_coef=0.1, entropy_coef=0.01)
 
 
-def per_token(logp: Tensor, entropy: Tensor, advantages: Tensor, old_logp: Tensor) -> Tensor:
-    return -advantages * (logp - old_logp).exp() - 0.1 * entropy
+def own(logp: Tensor, entropy: Tensor, advantages: Tensor, scale: Tensor) -> Tensor:
+    return -advantages * logp - scale * entropy
 
 
-def per_group(logp: Tensor, entropy: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return cu_seqlens.diff() * logp.sum()
+def per_group(logp: Tensor, entropy: Tensor, advantages: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return cu_seqlens.diff() * (advantages * logp - entropy).sum()
 
 
-def with_kl(logp: Tensor, entropy: Tensor, kl: Tensor) -> Tensor:
-    return kl - logp
+def with_kl(logp: Tensor, entropy: Tensor, kl: Tensor, ref_logp: Tensor) -> Tensor:
+    return kl - logp + ref_logp
 
 
+OBJECTS: dict[str, Any] = {
+    "mle": losses.MLE(),
+    "apa": losses.APA(0.1),
+    "awr": losses.AWR(0.5, weight_cap=20.0),
+    "ppo": losses.PPO(dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01),
+    "dapo": losses.GRPO("dapo", kl_coef=0.1, kl_kind="k2"),
+    "cispo": losses.GRPO("cispo"),
+}
 CASES: dict[str, dict[str, Any]] = {
-    "single pass": dict(loss=per_token),
-    "slabs": dict(loss=per_token, workspace=100 * ROW),
-    "groups": dict(loss=per_group, groups=[0, 100, 512], workspace=450 * ROW),
-    "two stages": dict(loss=per_group, groups=[0, 100, 512], workspace=200 * ROW),
+    **{name: dict(loss=loss) for name, loss in OBJECTS.items()},
+    "gspo": dict(loss=GSPO, groups=GROUPS, workspace=450 * ROW),
+    "gspo, two stages": dict(loss=GSPO, groups=GROUPS, workspace=200 * ROW),
+    "callable": dict(loss=own),
+    "slabs": dict(loss=own, workspace=100 * ROW),
+    "a constant on the host": dict(loss=own, workspace=100 * ROW, on_host=True),
+    "groups": dict(loss=per_group, groups=GROUPS, workspace=450 * ROW),
+    "groups, two stages": dict(loss=per_group, groups=GROUPS, workspace=200 * ROW),
     "reference": dict(loss=with_kl, workspace=200 * ROW),
-    "batch invariant": dict(loss=per_token, workspace=100 * ROW, batch_invariant=True),
+    "reference and object": dict(loss=losses.PPO(kl_coef=0.1), ref=True, workspace=200 * ROW),
+    "batch invariant": dict(loss=own, workspace=100 * ROW, batch_invariant=True),
+    "all of the head": dict(
+        loss=OBJECTS["ppo"], bias=True, per_token=True, softcap=30.0, workspace=100 * ROW
+    ),
+    "weight_grad": dict(loss=OBJECTS["ppo"], weight_grad=True, workspace=100 * ROW),
+    "float16": dict(loss=OBJECTS["ppo"], dtype=torch.float16, workspace=50 * ROW),
+    "bfloat16": dict(loss=own, dtype=torch.bfloat16, workspace=50 * ROW, bias=True),
+    "normalizer": dict(loss=OBJECTS["mle"], normalizer=True),
 }
 
 
-def run(options: dict[str, Any], ignore_index: int | None) -> Tensor:
-    hidden, weight = (torch.empty(rows, H, requires_grad=True) for rows in (N, V))
-    targets = torch.empty(N, dtype=torch.int64)
-    loss = options["loss"]
-    inputs = {"advantages": torch.empty(N), "old_logp": torch.empty(N)} if loss is per_token else {}
-    more: dict[str, Any] = dict(ref_hidden=hidden, ref_weight=weight) if loss is with_kl else {}
-    return linear_loss(
-        hidden, weight, targets, inputs=inputs, ignore_index=ignore_index, **options, **more
-    ).loss
+def inputs_of(loss: Any, device: str, ref: bool, on_host: bool) -> dict[str, Tensor]:
+    """What the loss takes, and old_logp and ref_logp for the metrics."""
+
+    def vector() -> Tensor:
+        return torch.empty(N, device=device)
+
+    if loss is with_kl:
+        return {}
+    if loss is own:
+        scale = torch.ones(()) if on_host else torch.empty((), device=device, requires_grad=True)
+        return {"advantages": vector(), "scale": scale}
+    if loss is per_group:
+        return {"advantages": vector()}
+    names = {*loss.required, *loss.optional, "old_logp", "ref_logp"} - {"cu_seqlens"}
+    return {name: vector() for name in names if not (ref and name == "ref_logp")}
 
 
+def run(
+    device: str,
+    loss: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    per_token: bool = False,
+    weight_grad: bool = False,
+    normalizer: bool = False,
+    ref: bool = False,
+    on_host: bool = False,
+    ignore_index: int | None = None,
+    **options: Any,
+) -> None:
+    """Forward and backward on tensors without numbers."""
+
+    def made(*shape: int, dtype: torch.dtype = dtype, grad: bool = False) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device, requires_grad=grad)
+
+    ref = ref or loss is with_kl
+    inputs = inputs_of(loss, device, ref, on_host)
+    hidden, weight = made(N, H, grad=True), made(V, H, grad=True)
+    out = linear_loss(
+        hidden,
+        weight,
+        made(N, dtype=torch.int64),
+        loss,
+        inputs,
+        bias=made(V, grad=True) if bias else None,
+        temperature=made(N, dtype=torch.float32) if per_token else 0.7,
+        weight_grad=made(V, H, dtype=torch.float32) if weight_grad else None,
+        normalizer=made(dtype=torch.float32) if normalizer else None,
+        ref_hidden=made(N, 2 * H) if ref else None,
+        ref_weight=made(V, 2 * H) if ref else None,
+        ignore_index=ignore_index,
+        **options,
+    )
+    out.loss.backward()
+    assert out.loss.shape == () and hidden.grad is not None
+    assert (weight.grad is None) == weight_grad
+    assert all(value.shape == () for value in out.metrics.values())
+    assert {"entropy", "top1"} <= set(out.metrics) and ("kl" in out.metrics) == ref
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses copies from one device to another that the host would wait for; counts all."""
+
+    copies = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            given = [x.device for x in tree_leaves((args, out)) if isinstance(x, Tensor)]
+            waits = not (kwargs.get("non_blocking") or args[-1] is True)
+            self.copies += len(set(given)) > 1
+            if len(set(given)) > 1 and waits:
+                raise RuntimeError(f"the host waits: {func} with tensors on {given}")
+        return out
+
+
+# A fake tensor has a shape and no value, and raises where one is asked for. A meta tensor does too,
+# and lies on a device that is not the host's.
+WITHOUT_NUMBERS: dict[str, tuple[str, AbstractContextManager[Any]]] = {
+    "fake": ("cpu", FakeTensorMode()),
+    "meta": ("meta", NoWait()),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_NUMBERS)
 @pytest.mark.parametrize("name", CASES)
-def test_no_value_is_looked_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake tensors have shapes and no values: whatever asks for one raises."""
-    # In-place kernels are not registered as ops, and are told nothing but pointers.
-    monkeypatch.setattr(WALK, "dlogits_out", lambda out, *rest: out.zero_())
-    monkeypatch.setattr(WALK, "kl_dlogits_out", lambda out, *rest: out.zero_())
-    with FakeTensorMode():
-        assert run(CASES[name], ignore_index=None).shape == ()
-        with pytest.raises(DynamicOutputShapeException):
-            run(CASES[name], ignore_index=-100)
+def test_no_value_is_looked_at(name: str, kind: str) -> None:
+    device, mode = WITHOUT_NUMBERS[kind]
+    with mode:
+        run(device, **CASES[name])
+
+
+def test_counting_the_rows_looks_at_the_targets() -> None:
+    with FakeTensorMode(), pytest.raises(DynamicOutputShapeException):
+        run("cpu", **CASES["callable"], ignore_index=-100)
+
+
+def test_groups_in_a_graph_are_not_copied_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed copy would read memory of the host that is something else's by then."""
+    found = [_numbers(GROUPS, torch.device("cpu"))]
+    monkeypatch.setattr(SLAB, "_captured", lambda device: True)
+    with NoWait() as watched:
+        found.append(_numbers(GROUPS, torch.device("cpu")))
+        _numbers(GROUPS, torch.device("meta"))
+    assert watched.copies == 0
+    assert [x.tolist() for x in found] == [GROUPS, GROUPS]
+
+
+def test_every_loss_object_is_among_the_cases() -> None:
+    found = {type(case["loss"]).__name__ for case in CASES.values()}
+    assert found >= set(losses.__all__) - {"ValueLoss", "effective_sample_size"}
 
 
 @pytest.mark.gpu
@@ -76,21 +197,33 @@ def test_gpu_never_waits_when_nothing_is_dropped() -> None:
     assert hidden.grad is not None and hidden.grad.isfinite().all()
 
 
+GRAPHS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "callable": (lambda logp, entropy: -logp - 0.1 * entropy, {}),
+    "object": (losses.MLE(), {}),
+    "reference": (with_kl, {}),
+    "groups": (
+        lambda logp, entropy, cu_seqlens: cu_seqlens.diff() * (logp - entropy).sum(),
+        dict(groups=[0, 100, 256]),
+    ),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("reference", [False, True], ids=["plain", "reference"])
-def test_gpu_forward_and_backward_in_a_graph(reference: bool) -> None:
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_gpu_forward_and_backward_in_a_graph(kind: str) -> None:
     """A CUDA graph can hold no wait; replayed on new numbers it gives their loss and gradients."""
     n, width, vocab = 256, 64, 4_096
     hidden, weight = (
         torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for rows in (n, vocab)
     )
-    ref_hidden = torch.randn(n, width, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(vocab, (n,), device="cuda")
-    more: dict[str, Any] = (
-        dict(ref_hidden=ref_hidden, ref_weight=weight.detach()) if reference else {}
-    )
-    loss = with_kl if reference else (lambda logp, entropy: -logp - 0.1 * entropy)
+    loss, more = GRAPHS[kind]
+    if kind == "reference":
+        ref_hidden = torch.randn(n, width, device="cuda", dtype=torch.bfloat16)
+        more = dict(ref_hidden=ref_hidden, ref_weight=weight.detach())
+    slab = n if kind == "groups" else 128
+    models = 2 if kind == "reference" else 1
 
     def step() -> list[Tensor]:
         out = linear_loss(
@@ -99,12 +232,13 @@ def test_gpu_forward_and_backward_in_a_graph(reference: bool) -> None:
             targets,
             loss,
             ignore_index=None,
-            workspace=128 * 2 * vocab * (2 if reference else 1),
+            workspace=slab * 2 * vocab * models,
             **more,
         )
         return [out.loss, *gradients(out.loss, hidden, weight)]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
@@ -113,6 +247,8 @@ def test_gpu_forward_and_backward_in_a_graph(reference: bool) -> None:
         captured = step()
     with torch.no_grad():
         hidden.normal_()
+    pinned = [torch.full((3,), 7).pin_memory() for _ in range(64)]  # takes what was left free
     graph.replay()
     for got, want in zip(captured, step(), strict=True):
         assert torch.equal(got, want)
+    assert all(x.tolist() == [7, 7, 7] for x in pinned)

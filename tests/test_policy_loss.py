@@ -32,11 +32,10 @@ import fastalign as fa
 from fastalign.losses import APA, AWR, MLE, PPO, ValueLoss, effective_sample_size
 from fastalign.ops.policy_loss import (
     _policy_loss,
-    fused,
     policy_loss,
-    policy_loss_terms,
     value_loss,
 )
+from fastalign.ops.policy_loss_terms import fused, policy_loss_terms, policy_loss_terms_op
 from fastalign.ops.policy_terms import KINDS
 from fastalign.testing import TOLERANCES, assert_no_worse
 
@@ -319,6 +318,16 @@ def test_the_op_passes_opcheck() -> None:
     torch.library.opcheck(
         _policy_loss, (0, 0, coefficients, None, None, *[None] * 5, *critic[:2], *[None] * 3)
     )
+
+
+def test_the_op_per_token_passes_opcheck() -> None:
+    b = batch(24)
+    logp, entropy, *rest = (b[k] for k in ("logp", "entropy", "advantages", "old_logp", "ref_logp"))
+    clip, coefficients = KINDS.index("clip"), [0.0, -0.2, 0.2, 20.0, 0.1, 0.01, 0.0, 0.0]
+    torch.library.opcheck(policy_loss_terms_op, (clip, 3, coefficients, logp, entropy, *rest, None))
+    plain = [None] * 5
+    mle = KINDS.index("mle")
+    torch.library.opcheck(policy_loss_terms_op, (mle, 0, [0.0] * 8, logp.double(), *plain))
 
 
 @pytest.mark.parametrize("name", ["ppo all", "gspo", "awr"])

@@ -571,6 +571,7 @@ def test_gpu_capture_means_no_wait_for_the_device() -> None:
         return kl.detach(), dx
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         expected = step()
     torch.cuda.current_stream().wait_stream(stream)

@@ -30,8 +30,14 @@ from torch.autograd.function import once_differentiable
 from fastalign.ops.linear_logprobs import linear_logprobs_reference
 from fastalign.ops.linear_loss_call import FROM_REFERENCE, Loss, accepted
 from fastalign.ops.linear_loss_walk import Call, Reference, Walk
-from fastalign.ops.policy_loss import fused
-from fastalign.ops.slab import IGNORE_NOTHING, check_head, check_softcap, follow_autocast
+from fastalign.ops.policy_loss_terms import fused
+from fastalign.ops.slab import (
+    IGNORE_NOTHING,
+    check_head,
+    check_softcap,
+    follow_autocast,
+    without_autocast,
+)
 from fastalign.ops.token_kl import check_same_precision
 from fastalign.ops.token_logprobs import accumulation_dtype, check_targets, temperature_tensor
 
@@ -106,14 +112,19 @@ class _LinearLoss(torch.autograd.Function):
         if ctx.into_buffer:
             _check_upstream(ctx, grad_loss)
         factor = grad_loss * ctx.share
-        # On a CPU looking at the factor is free, and multiplying dW by one is not.
-        if factor.device.type == "cpu" and factor == 1.0 and ctx.dtypes[0] != torch.float16:
+        # Where looking at the factor is free, multiplying dW by one is not.
+        if _at_hand(factor) and factor == 1.0 and ctx.dtypes[0] != torch.float16:
             return None, *ctx.saved_tensors
         dtypes = [*ctx.dtypes, *(None if g is None else g.dtype for g in ctx.saved_tensors[3:])]
         return None, *(
             None if g is None else _times(g, factor, dtype)
             for g, dtype in zip(ctx.saved_tensors, dtypes, strict=True)
         )
+
+
+def _at_hand(x: Tensor) -> bool:
+    """Whether the value can be looked at without a wait (a fake tensor has none)."""
+    return x.device.type == "cpu" and type(x) is Tensor
 
 
 def _check_upstream(ctx: Any, grad_loss: Tensor) -> None:
@@ -124,7 +135,7 @@ def _check_upstream(ctx: Any, grad_loss: Tensor) -> None:
             "weight's gradient was added once, in the forward pass"
         )
     ctx.went_backward = True
-    if grad_loss.device.type != "cpu":
+    if not _at_hand(grad_loss):
         torch._assert_async(grad_loss == 1.0, f"{OP}: weight_grad with an upstream gradient")
     elif grad_loss != 1.0:
         raise ValueError(
@@ -181,7 +192,8 @@ def linear_loss(
             value per group, [g]. All that requires grad must come through ``inputs``.
         inputs: tensors with leading dimension N (cut like the rows), with ``groups`` also of
             leading dimension G (cut like the groups; N wins when both are equal), 0-d tensors and
-            plain values (passed on as they are).
+            plain values. The loss gets copies of the tensors and may change them in place. All are
+            on the device of ``hidden``, but for 0-d constants.
         bias: [V], same dtype.
         temperature: positive float, or a tensor [N] with one temperature per token.
         softcap: c of c * tanh(z / c), applied before the temperature; None for none.
@@ -249,7 +261,7 @@ def linear_loss(
         ),
         metrics={},
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         loss_value, logp, entropy, *others = _LinearLoss.apply(
             call, hidden, weight, bias, *(inputs[name] for name in learned)
         )
@@ -293,7 +305,7 @@ def _checked_normalizer(normalizer: float | Tensor | None) -> float | Tensor | N
                 f"{OP}: expected normalizer as a number or a 0-d tensor, "
                 f"got shape {tuple(normalizer.shape)}"
             )
-        if normalizer.device.type == "cpu" and not normalizer > 0:
+        if _at_hand(normalizer) and not normalizer > 0:
             raise ValueError(f"{OP}: expected normalizer > 0, got {normalizer.item()}")
         return normalizer.detach()
     if normalizer is not None and not normalizer > 0:
@@ -376,7 +388,8 @@ def _check_inputs(inputs: dict[str, Any], hidden: Tensor, n_groups: int | None) 
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             continue
-        if x.device != hidden.device and x.dim() > 0:
+        # A constant of 0-d on the host goes along with a launch; its gradient would be waited for.
+        if x.device != hidden.device and (x.dim() > 0 or x.requires_grad):
             raise ValueError(f"{OP}: expected input {name!r} on {hidden.device}, got {x.device}")
         if x.dim() > 0 and x.shape[0] not in sizes:
             raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops.policy_loss import fused, policy_loss_terms
+from fastalign.ops.policy_loss_terms import fused, policy_loss_terms
 from fastalign.ops.slab import Groups, Rows
 
 Loss = Callable[..., Tensor]
@@ -122,10 +122,11 @@ class LossCall:
         if "kl" in stats:
             kl = stats["kl"].clone()
             leaves.append(kl)
-            known = {"kl": kl, "ref_logp": stats["ref_logp"]}
+            known = {"kl": kl, "ref_logp": stats["ref_logp"].clone()}
             cut |= {name: x for name, x in known.items() if accepted(self.loss, name)}
         n_stats = len(leaves)
         leaves += [cut[name] for name in self.names]
+        self._collect_statistics(logp, entropy, cut)  # before the loss may edit them
         with torch.set_grad_enabled(self.want_grad):
             if self.want_grad:
                 for leaf in leaves:
@@ -133,7 +134,6 @@ class LossCall:
             values = self.loss(logp, entropy, **cut)
         self._check(values, (stop - start,) if self.groups is None else (unit[1] - unit[0],))
         self.total += values.detach().sum(dtype=self.total.dtype) / self.normalizer
-        self._collect_statistics(logp, entropy, cut)
         if not self.want_grad:
             return Derivatives(torch.zeros_like(logp), None, None)
         if not values.requires_grad:
@@ -180,14 +180,16 @@ class LossCall:
                 self.statistics[name] = self.statistics.get(name, 0.0) + values.sum()
 
     def _cut(self, x: Any, start: int, stop: int, unit: Range) -> Any:
-        """The part of one input that belongs to a slab, with a gradient history of its own."""
+        """The part of one input that belongs to a slab, without a gradient history: a copy where a
+        loss that edits it in place would reach the caller's tensor."""
         if not isinstance(x, Tensor):
             return x
-        if x.dim() == 0:
-            return x.detach().clone() if x.requires_grad else x
-        if x.shape[0] == self.rows.total:
-            return self.rows.take(x.detach(), start, stop)
-        return x.detach()[unit[0] : unit[1]]
+        part = x.detach()
+        if part.dim() > 0 and part.shape[0] == self.rows.total:
+            part = self.rows.take(part, start, stop)
+        elif part.dim() > 0:
+            part = part[unit[0] : unit[1]]
+        return part if self.fused else part.clone()
 
     def _accumulate(self, name: str, grad: Tensor, start: int, stop: int, unit: Range) -> None:
         out = self.learned[name]

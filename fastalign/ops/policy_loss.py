@@ -12,7 +12,8 @@ the token's share by the ``reduction``:
 Lengths and numbers count the tokens that the mask keeps, and the sequences that have any. The
 slopes dv/dlogp, dv/dH and du/dV are known in closed form as soon as v is, so the forward pass
 writes them and the backward pass only multiplies them by the upstream gradient.
-fastalign/ops/policy_terms.py has the table of the losses and slopes, per token.
+fastalign/ops/policy_terms.py has the table of the losses and slopes, per token;
+fastalign/ops/policy_loss_terms.py gives them without the sum.
 
 C++: csrc/policy_loss.cpp. Triton: kernels/policy_loss.py. Tests: tests/test_policy_loss.py.
 Benchmark: benchmarks/bench_policy_loss.py. The public functions' checks, and what they make of
@@ -30,7 +31,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from fastalign.backend import choose
-from fastalign.losses.inputs import constants, wide
 from fastalign.losses.value import ValueLoss
 from fastalign.ops.policy_reduce import (
     Layout,
@@ -40,10 +40,9 @@ from fastalign.ops.policy_reduce import (
     named_statistics,
     policy_tokens,
     shares,
-    take_tokens,
     with_critic,
 )
-from fastalign.ops.policy_terms import COLUMNS, Form, Tokens, form_of, terms_reference
+from fastalign.ops.policy_terms import COLUMNS, Form, Tokens, terms_reference
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -189,51 +188,6 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         # The slopes are constants to autograd: a second derivative would be wrong in silence.
         return _backward(ctx, *grads)
-
-
-def fused(loss: object) -> bool:
-    """Whether ``policy_loss_terms`` knows this loss: one of fastalign.losses, one value a token."""
-    return form_of(loss) is not None and not getattr(loss, "per_sequence", False)
-
-
-def policy_loss_terms(
-    loss: Any, logp: Tensor, entropy: Tensor | None, inputs: Mapping[str, Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss of every token and its derivatives by logp and entropy in one launch; no autograd.
-
-    Args:
-        loss: a loss object for which ``fused`` holds.
-        logp: [N]; float32 (float64: the reference), narrower dtypes are widened.
-        entropy: [N], or None where the loss has no entropy term.
-        inputs: the loss's inputs by name, [N] each.
-
-    Returns:
-        values, dlogp: [N]; dentropy: [N], None where the loss does not use the entropy.
-
-    Raises:
-        ValueError: a loss that is not fused, or inputs that do not fit it.
-    """
-    form = form_of(loss)
-    if form is None or not fused(loss):
-        raise ValueError(f"policy_loss_terms: expected a fused per-token loss, got {loss!r}")
-    found = constants(loss, logp, inputs, loss.required, loss.optional)
-    if not form.entropy_coef:
-        entropy = None
-    elif entropy is None:
-        raise ValueError(f"{type(loss).__name__}: missing inputs: entropy (entropy_coef is not 0)")
-    entropy = None if entropy is None else entropy.detach()
-    x = take_tokens(form, wide(logp.detach()), entropy, found)
-    which = choose("policy_loss", x.leading)
-    if which == "triton":
-        from fastalign.kernels.policy_loss import policy_loss_terms_fwd
-
-        return policy_loss_terms_fwd(form, x)
-    if which == "cpp":
-        values, dlogp, dentropy = torch.ops.fastalign_cpp.policy_loss_terms(*form[:8], *x[:6])
-        return values, dlogp, dentropy if form.entropy_coef else None
-    terms = terms_reference(form, x)
-    slope = torch.full_like(terms.policy, -form.entropy_coef) if form.entropy_coef else None
-    return terms.policy, terms.slope, slope
 
 
 def _reduced(

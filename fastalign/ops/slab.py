@@ -13,7 +13,8 @@ import ctypes
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,26 @@ class Rows:
         return x.new_zeros(self.total, *x.shape[1:]).index_copy_(0, self.index, x)
 
 
+def _captured(device: torch.device) -> bool:
+    """Whether work on the device goes into a CUDA graph, to be replayed later."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _numbers(numbers: list[int], device: torch.device) -> Tensor:
+    """int64 [n] on the device, without a wait."""
+    if _captured(device):
+        # A copy would be replayed from host memory that is something else's by then; a fill's
+        # number is in the graph.
+        out = torch.empty(len(numbers), dtype=torch.int64, device=device)
+        for place, number in zip(out, numbers, strict=True):
+            place.fill_(number)
+        return out
+    host = torch.tensor(numbers, dtype=torch.int64)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
 class Groups:
     """Where groups begin among the kept rows, on the host and on the device of the rows.
 
@@ -65,10 +86,7 @@ class Groups:
     """
 
     def __init__(self, bounds: list[int], rows: Rows, device: torch.device) -> None:
-        self.tensor = torch.tensor(bounds, dtype=torch.int64)
-        if device.type == "cuda":
-            self.tensor = self.tensor.pin_memory()
-        self.tensor = self.tensor.to(device, non_blocking=True)
+        self.tensor = _numbers(bounds, device)
         self.bounds = bounds
         if rows.index is not None:
             self.tensor = torch.searchsorted(rows.index, self.tensor)
@@ -272,13 +290,21 @@ def check_softcap(op: str, softcap: float | None) -> float:
     return float(softcap)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the dtype of their operands, whatever autocast is on."""
+    if not torch.amp.is_autocast_available(device.type):  # meta tensors
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def follow_autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inside torch.autocast the head runs in autocast's dtype, as torch.nn.functional.linear
     does."""
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+    known = torch.amp.is_autocast_available(kind)  # not for meta tensors
+    if not known or not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

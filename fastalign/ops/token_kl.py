@@ -187,6 +187,7 @@ def _(
     return a, b, c, d, e, f, g, h
 
 
+@torch.library.custom_op("fastalign::kl_dlogits_out", mutates_args=("out",))
 def kl_dlogits_out(
     out: Tensor,
     grad_logp: Tensor,
@@ -234,6 +235,11 @@ def kl_dlogits_out(
         torch.ops.fastalign_cpp.kl_dlogits(out, *args)
     else:
         out.copy_(kl_dlogits_reference(*args))
+
+
+@kl_dlogits_out.register_fake
+def _(out: Tensor, *args: Any) -> None:
+    pass
 
 
 @torch.library.custom_op("fastalign::kl_dlogits", mutates_args=())

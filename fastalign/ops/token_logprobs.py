@@ -150,6 +150,7 @@ def _(
     return one, torch.empty_like(one), torch.empty_like(one), torch.empty_like(one)
 
 
+@torch.library.custom_op("fastalign::dlogits_out", mutates_args=("out",))
 def dlogits_out(
     out: Tensor,
     grad_logp: Tensor,
@@ -187,6 +188,11 @@ def dlogits_out(
         torch.ops.fastalign_cpp.dlogits(out, *args)
     else:
         out.copy_(dlogits_reference(*args))
+
+
+@dlogits_out.register_fake
+def _(out: Tensor, *args: Any) -> None:
+    pass
 
 
 @torch.library.custom_op("fastalign::dlogits", mutates_args=())
