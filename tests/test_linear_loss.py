@@ -388,18 +388,6 @@ def test_autocast_is_followed() -> None:
         assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
-def test_inside_a_compiled_function() -> None:
-    hidden, weight, targets, inputs = make()
-
-    def f(h: Tensor, w: Tensor) -> Tensor:
-        return 2.0 * linear_loss(h * 1.5, w, targets, policy_loss, inputs).loss
-
-    compiled = torch.compile(f, backend="aot_eager")
-    plain = gradients(f(hidden, weight), hidden, weight)
-    for got, want in zip(gradients(compiled(hidden, weight), hidden, weight), plain, strict=True):
-        assert torch.equal(got, want)
-
-
 def test_a_loss_may_call_the_loss_head_itself() -> None:
     """The workspace that a thread keeps must not be shared by two calls at work."""
     hidden, weight, targets, _ = make()

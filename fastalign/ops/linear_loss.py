@@ -151,6 +151,8 @@ def _times(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return (g.to(wide) * factor.to(wide)).to(dtype)
 
 
+# torch.compiler.disable, but without the second that importing the compiler takes.
+@torch._disable_dynamo
 def linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -179,6 +181,9 @@ def linear_loss(
     require grad; one without any gradient) and handed over by ``backward``. Per-token losses are
     evaluated slab by slab; with ``groups`` a slab holds whole groups, and when one does not fit
     into ``workspace`` the logits are computed twice.
+
+    Inside ``torch.compile`` the call is one graph break: what stands before and after it is
+    compiled, the call runs as it is (so ``fullgraph=True`` is refused).
 
     Args:
         hidden: [N, H] float32, bfloat16, float16 or float64.
