@@ -296,7 +296,8 @@ def temperature_tensor(
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise ValueError(f"{op}: expected temperature > 0, got {temperature}")
-        return torch.full((1,), float(temperature), dtype=dtype, device=like.device)
+        # A product: torch.compile makes the number of torch.full a constant, and compiles each anew.
+        return torch.ones(1, dtype=dtype, device=like.device) * float(temperature)
     if temperature.requires_grad:
         raise ValueError(f"{op}: temperature has no gradient, got a tensor that requires grad")
     if temperature.numel() != 1 and temperature.shape != shape:
