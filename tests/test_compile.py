@@ -23,6 +23,7 @@ SIZES = (30, 31, 33, 40, 57, 64)
 TEMPERATURES = (0.5, 0.6, 0.8, 1.0, 1.3, 0.5)
 H, V = 16, 50
 SLAB = 16 * V * 4
+NAMES = ("advantages", "old_logp", "ref_logp")
 Op = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 OPS: dict[str, tuple[Op, int, int]] = {
@@ -55,7 +56,6 @@ OPS: dict[str, tuple[Op, int, int]] = {
         3,
     ),
 }
-NAMES = ("advantages", "old_logp", "ref_logp")
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -296,7 +296,7 @@ def temperature_tensor(
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise ValueError(f"{op}: expected temperature > 0, got {temperature}")
-        # A product: torch.compile makes the number of torch.full a constant, and compiles each anew.
+        # For torch.compile the number in torch.full is a constant, each a compilation of its own.
         return torch.ones(1, dtype=dtype, device=like.device) * float(temperature)
     if temperature.requires_grad:
         raise ValueError(f"{op}: temperature has no gradient, got a tensor that requires grad")
