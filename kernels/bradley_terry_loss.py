@@ -12,21 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign.kernels._device import log1p_unit
+
 BLOCK_CELLS = 2048  # pairs times heads of one program
-
-
-@triton.jit
-def log1p_unit(x):
-    """log(1 + x) for x in [0, 1]: 2 artanh(x / (2 + x)) by its series, without cancellation."""
-    t = x / (2.0 + x)
-    t2 = t * t
-    p = t2 * (1.0 / 15.0) + 1.0 / 13.0
-    p = p * t2 + 1.0 / 11.0
-    p = p * t2 + 1.0 / 9.0
-    p = p * t2 + 1.0 / 7.0
-    p = p * t2 + 1.0 / 5.0
-    p = p * t2 + 1.0 / 3.0
-    return 2.0 * (t + t * t2 * p)
 
 
 @triton.jit(

@@ -15,11 +15,13 @@ from torch import Tensor
 from fastalign.kernels.bradley_terry_loss import bradley_terry_loss_fwd
 from fastalign.kernels.gae import gae_fwd
 from fastalign.kernels.policy_loss import policy_loss_fwd, policy_loss_terms_fwd
+from fastalign.kernels.preference_loss import preference_loss_bwd, preference_loss_fwd
 from fastalign.kernels.reduce_scores import dscores_fwd, reduce_scores_fwd
 from fastalign.kernels.reward_heads import reward_heads_bwd, reward_heads_fwd
 from fastalign.kernels.token_kl import kl_dlogits_fwd, kl_stats_fwd
 from fastalign.kernels.token_logprobs import dlogits_fwd, row_stats_fwd
-from fastalign.losses import APA, AWR, GRPO, MLE, PPO
+from fastalign.losses import APA, AWR, DPO, GRPO, KTO, MLE, PPO, XPO, SimPO
+from fastalign.losses.preference import PreferenceLoss
 from fastalign.ops.policy_terms import Form, Tokens, form_of
 from fastalign.ops.reduce_scores import statistic
 from fastalign.ops.token_logprobs import temperature_tensor
@@ -137,6 +139,19 @@ def bradley_terry(heads: int, features: bool, pairs: int = 512) -> None:
     bradley_terry_loss_fwd(scores, scores, margin, 0.0, mask, None, 0.1)
 
 
+def preference(
+    loss: PreferenceLoss, dtype: torch.dtype, masked: bool, pairs: int = 8, tokens: int = 5000
+) -> None:
+    form, logp = loss.form, torch.zeros(tokens, dtype=dtype)
+    ref_logp = torch.zeros(tokens, dtype=dtype) if "ref_logp" in loss.required else None
+    cu_seqlens = torch.zeros(2 * pairs + 1, dtype=torch.int64)
+    mask = torch.ones(tokens, dtype=torch.bool) if masked else None
+    flags = torch.ones(2 * pairs, dtype=torch.bool) if loss.flags_name else None
+    z0 = torch.zeros(()) if "z0" in loss.required else None
+    losses, slopes, _ = preference_loss_fwd(form, logp, ref_logp, cu_seqlens, mask, flags, z0)
+    preference_loss_bwd(losses.mean().expand(len(losses)), slopes, cu_seqlens, mask, tokens)
+
+
 FULL = {"kl_coef": 0.1, "entropy_coef": 0.01}
 LAUNCHES: dict[str, Launch] = {
     "policy loss, clipped, all features": lambda: policy_loss(
@@ -178,6 +193,18 @@ LAUNCHES: dict[str, Launch] = {
     "reward heads, fp16, odd width": lambda: reward_heads(torch.float16, torch.float16, 5, 4095),
     "statistics of 5 heads": lambda: reduce_scores(5),
     "statistics of 64 heads": lambda: reduce_scores(64),
+    **{
+        f"preference loss, {name}": partial(preference, *settings)
+        for name, settings in {
+            "sigmoid": (DPO(), torch.float32, False),
+            "sigmoid, all features": (XPO(), torch.bfloat16, True),
+            "no reference": (SimPO(), torch.float32, True),
+            "hinge": (DPO(variant="hinge"), torch.float16, True),
+            "squared": (DPO(variant="ipo"), torch.bfloat16, False),
+            "single": (KTO(), torch.float32, False),
+            "single, all features": (KTO(), torch.bfloat16, True),
+        }.items()
+    },
     "bradley-terry, 1 head": lambda: bradley_terry(1, False),
     "bradley-terry, 5 heads, all features": lambda: bradley_terry(5, True),
     "bradley-terry, 64 heads, all features": lambda: bradley_terry(64, True),
@@ -280,3 +307,13 @@ def bradley_terry_of_any_shape() -> Iterator[Launch]:
         pairs = int(torch.randint(1, 3000, (), generator=generator))
         heads = int(torch.randint(9, 17, (), generator=generator))
         yield partial(bradley_terry, heads, True, pairs)
+
+
+def preference_loss_of_any_size() -> Iterator[Launch]:
+    """50 random numbers of tokens and of pairs, 5 losses of one kind."""
+    generator = torch.Generator().manual_seed(6)
+    for i in range(50):
+        tokens = int(torch.randint(1, 300_000, (), generator=generator))
+        pairs = int(torch.randint(1, 40, (), generator=generator))
+        loss = DPO(0.1 + i % 5, average=i % 2 == 0, label_smoothing=0.1 * (i % 3))
+        yield partial(preference, loss, torch.float32, True, pairs, tokens)

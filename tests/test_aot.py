@@ -128,3 +128,7 @@ def test_reward_heads_compile_once_for_aligned_widths_and_once_for_others(
 
 def test_bradley_terry_compiles_once(report: dict[str, Any]) -> None:
     assert report["bradley-terry of any shape"] == 1
+
+
+def test_preference_loss_compiles_once_each_way(report: dict[str, Any]) -> None:
+    assert report["preference loss of any size"] == 2

@@ -11,9 +11,12 @@ caller sums or averages; so any callable of this form is a loss. ``loss.statisti
 form, gives tensors of one number per token to average and log: ratios, clip fractions, weights.
 
 A loss that couples the tokens of a sequence (GRPO's gspo) also takes ``cu_seqlens`` and returns one
-value per sequence. ``ValueLoss`` has its own form, ``loss(values, returns, old_values)``.
+value per sequence. So do the preference losses DPO, RPO, XPO and SimPO, of one value per pair of
+sequences (chosen, rejected), and KTO. ``ValueLoss`` has its own form, ``loss(values, returns,
+old_values)``.
 
-``fastalign.ops.policy_loss`` computes these losses and their gradients by one fused kernel.
+``fastalign.ops.policy_loss``, and ``preference_loss`` for the preference losses, compute them and
+their gradients by one fused kernel.
 """
 
 from fastalign.losses.apa import APA
@@ -21,6 +24,20 @@ from fastalign.losses.awr import AWR, effective_sample_size
 from fastalign.losses.grpo import GRPO
 from fastalign.losses.mle import MLE
 from fastalign.losses.ppo import PPO
+from fastalign.losses.preference import DPO, KTO, RPO, XPO, SimPO
 from fastalign.losses.value import ValueLoss
 
-__all__ = ["APA", "AWR", "GRPO", "MLE", "PPO", "ValueLoss", "effective_sample_size"]
+__all__ = [
+    "APA",
+    "AWR",
+    "DPO",
+    "GRPO",
+    "KTO",
+    "MLE",
+    "PPO",
+    "RPO",
+    "SimPO",
+    "ValueLoss",
+    "XPO",
+    "effective_sample_size",
+]

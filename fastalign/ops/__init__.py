@@ -8,6 +8,7 @@ from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.linear_loss import LossOutput, linear_loss
 from fastalign.ops.plan import Plan, plan
 from fastalign.ops.policy_loss import actor_critic_loss, policy_loss, value_loss
+from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.reduce_scores import reduce_scores
 from fastalign.ops.reward_heads import reward_heads
 from fastalign.ops.token_kl import token_kl
@@ -26,6 +27,7 @@ __all__ = [
     "linear_loss",
     "plan",
     "policy_loss",
+    "preference_loss",
     "reduce_scores",
     "reward_heads",
     "token_kl",
