@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign.ops.linear_logprobs import linear_logprobs_reference
-from fastalign.ops.linear_loss_call import FROM_REFERENCE, Loss, accepted
+from fastalign.ops.linear_loss_call import FROM_REFERENCE, Loss, accepted, sequences_per_value
 from fastalign.ops.linear_loss_walk import Call, Reference, Walk
 from fastalign.ops.policy_loss_terms import fused
 from fastalign.ops.slab import (
@@ -58,7 +58,7 @@ class LossOutput(NamedTuple):
     likeliest token; "ref_k1", "ref_k3" when ``ref_logp`` is an input or a reference model is given,
     "old_k1", "old_k3" when ``old_logp`` is an input: k1 = logp - other, k3 = exp(other - logp) - 1
     - (other - logp); "kl" with a reference model; and what ``loss.statistics`` names (the clip
-    fraction of PPO), where the loss has it."""
+    fraction of PPO; the rewards of DPO, as means over pairs), where the loss has it."""
     ref_logp: Tensor | None = None
     """[N] detached, with a reference model: its log-probs of the targets."""
     kl: Tensor | None = None
@@ -194,7 +194,8 @@ def linear_loss(
             [C] for the C kept rows of the slab at hand; it returns one value per row, [C]. With
             ``groups`` it also receives ``cu_seqlens`` [g + 1], int64, the bounds of the slab's g
             groups among those C rows (a group whose rows are all ignored is empty), and returns one
-            value per group, [g]. All that requires grad must come through ``inputs``.
+            value per group, [g]. All that requires grad must come through ``inputs``. A loss object
+            on pairs (DPO and its relatives) receives the bounds of both sequences of each pair.
         inputs: tensors with leading dimension N (cut like the rows), with ``groups`` also of
             leading dimension G (cut like the groups; N wins when both are equal), 0-d tensors and
             plain values. The loss gets copies of the tensors and may change them in place. All are
@@ -207,7 +208,9 @@ def linear_loss(
         normalizer: number or 0-d tensor; default: the number of rows kept (of groups, with
             ``groups``).
         groups: cu_seqlens [G + 1], integers from 0 to N, not falling. Read by the host: one wait
-            when it is a CUDA tensor, none for a list or a tensor on the CPU.
+            when it is a CUDA tensor, none for a list or a tensor on the CPU. With a loss object on
+            pairs [2G + 1], the bounds of the sequences: chosen, rejected, chosen, ...; slabs hold
+            whole pairs.
         ref_hidden, ref_weight, ref_bias: [N, H'], [V, H'] and [V] of a frozen reference model, H'
             of any size. Its logits are computed slab by slab beside the policy's (one more product)
             at the same temperature and soft-cap, and the loss receives ``kl`` [C], the exact
@@ -239,7 +242,8 @@ def linear_loss(
     check_head(OP, hidden, weight, bias)
     check_targets(OP, targets, hidden.shape[:1], hidden.device)
     bounds = None if groups is None else _checked_groups(groups, hidden.shape[0], inputs)
-    _check_inputs(inputs, hidden, None if bounds is None else len(bounds) - 1)
+    n_groups = None if bounds is None else _number_of_groups(loss, bounds)
+    _check_inputs(inputs, hidden, n_groups)
     grad = torch.is_grad_enabled()
     learned = tuple(
         name for name, x in inputs.items() if grad and isinstance(x, Tensor) and x.requires_grad
@@ -337,6 +341,16 @@ def _checked_groups(groups: Tensor | Sequence[int], n: int, inputs: dict[str, An
             f"{OP}: expected groups to rise from 0 to N = {n}, got {bounds[:3]}..{bounds[-1]}"
         )
     return bounds
+
+
+def _number_of_groups(loss: Loss, bounds: list[int]) -> int:
+    per = sequences_per_value(loss)
+    if (len(bounds) - 1) % per:
+        raise ValueError(
+            f"{OP}: expected groups with {per} sequences for each value of {loss}, "
+            f"got {len(bounds) - 1}"
+        )
+    return (len(bounds) - 1) // per
 
 
 def _checked_reference(

@@ -37,6 +37,11 @@ def accepted(loss: Loss, name: str) -> bool:
     )
 
 
+def sequences_per_value(loss: Loss) -> int:
+    """How many sequences of ``groups`` one value of the loss is about: 2 for a loss on pairs."""
+    return getattr(loss, "sequences_per_value", 1)
+
+
 @dataclass(frozen=True)
 class Derivatives:
     """dloss/d(logp, entropy, kl) of the rows of a slab, [C] each, over ``LossCall.divisor``; None:
@@ -87,7 +92,7 @@ class LossCall:
         self.divisor = 1.0 if narrow else self.normalizer
         self.total = torch.zeros((), dtype=like.dtype, device=like.device)
         self.learned = {name: torch.zeros_like(inputs[name]) for name in learned}
-        self.statistics: dict[str, Tensor] = {}
+        self.statistics: dict[str, tuple[Tensor, int | Tensor]] = {}
         self.fused = fused(loss) and groups is None
         # What the loss does not take is there for the metrics.
         known = hasattr(loss, "required")
@@ -114,7 +119,7 @@ class LossCall:
         }
         if self.groups is not None:
             first, last = unit
-            cut["cu_seqlens"] = self.groups.tensor[first : last + 1] - self.groups.tensor[first]
+            cut["cu_seqlens"] = self.groups.cu_seqlens(first, last)
         elif self.fused:
             return self._fused(stats, cut)
         logp, entropy = stats["logp"].clone(), stats["entropy"].clone()
@@ -171,13 +176,19 @@ class LossCall:
         )
 
     def _collect_statistics(self, logp: Tensor, entropy: Tensor, cut: dict[str, Any]) -> None:
-        """Sums of the loss object's own ``statistics``, where it has some."""
+        """Sums of the loss object's own ``statistics``, where it has some, and of how many."""
         statistics = getattr(self.loss, "statistics", None)
         if statistics is None:
             return
         with torch.no_grad():
             for name, values in statistics(logp.detach(), entropy.detach(), **cut).items():
-                self.statistics[name] = self.statistics.get(name, 0.0) + values.sum()
+                total, count = self.statistics.get(name, (0.0, 0))
+                if hasattr(self.loss, "sequences_per_value"):
+                    # One number per group, NaN where it does not apply.
+                    counted = (~values.isnan()).sum()
+                    self.statistics[name] = total + values.nansum(), count + counted
+                else:
+                    self.statistics[name] = total + values.sum(), count + values.numel()
 
     def _cut(self, x: Any, start: int, stop: int, unit: Range) -> Any:
         """The part of one input that belongs to a slab, without a gradient history: a copy where a
@@ -222,11 +233,18 @@ def _check_closed(values: Tensor, leaves: list[Tensor]) -> None:
 
 
 def means(
-    stats: dict[str, Tensor], sums: dict[str, Tensor], inputs: dict[str, Any], rows: Rows
+    stats: dict[str, Tensor],
+    sums: dict[str, tuple[Tensor, int | Tensor]],
+    inputs: dict[str, Any],
+    rows: Rows,
 ) -> dict[str, Tensor]:
-    """The metrics of a LossOutput: means over the kept rows, computed without waiting."""
+    """The metrics of a LossOutput: means over the kept rows, computed without waiting; NaN where
+    nothing was counted of groups."""
     logp, count = stats["logp"], max(rows.count, 1)
-    metrics = {name: total / count for name, total in sums.items()}
+    metrics = {
+        name: total / (of if isinstance(of, Tensor) else max(of, 1))
+        for name, (total, of) in sums.items()
+    }
     metrics["entropy"] = stats["entropy"].sum() / count
     # The target is the likeliest token when nothing is left of its distance from the maximum.
     metrics["top1"] = (logp == -stats["log_sum"]).to(logp.dtype).sum() / count

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_loss_call import Derivatives, Loss, LossCall, Range, means
+from fastalign.ops.linear_loss_call import (
+    Derivatives,
+    Loss,
+    LossCall,
+    Range,
+    means,
+    sequences_per_value,
+)
 from fastalign.ops.plan import Plan, plan
 from fastalign.ops.slab import (
     Groups,
@@ -70,7 +77,10 @@ class Walk:
     def __init__(self, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.call, self.hidden, self.weight, self.bias = call, hidden, weight, bias
         self.rows = Rows(call.targets, call.ignore_index)
-        self.groups = None if call.groups is None else Groups(call.groups, self.rows, hidden.device)
+        self.groups = None
+        if call.groups is not None:
+            per = sequences_per_value(call.loss)
+            self.groups = Groups(call.groups, self.rows, hidden.device, per)
         self.names = STATS if call.reference is None else KL_STATS
         wide = accumulation_dtype(hidden.dtype)
         self.stats = torch.empty(len(self.names), self.rows.count, dtype=wide, device=hidden.device)

@@ -83,16 +83,25 @@ class Groups:
         bounds: cu_seqlens over all rows. When rows were dropped, finding the bounds among the rest
             makes the host wait for a CUDA device once more.
         device: of the rows.
+        per_group: sequences in a row that make up one group.
     """
 
-    def __init__(self, bounds: list[int], rows: Rows, device: torch.device) -> None:
+    def __init__(
+        self, bounds: list[int], rows: Rows, device: torch.device, per_group: int = 1
+    ) -> None:
         self.tensor = _numbers(bounds, device)
         self.bounds = bounds
         if rows.index is not None:
             self.tensor = torch.searchsorted(rows.index, self.tensor)
             self.bounds = self.tensor.tolist()
+        self.per_group, self.bounds = per_group, self.bounds[::per_group]
         self.count = len(self.bounds) - 1
         self.longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+
+    def cu_seqlens(self, first: int, last: int) -> Tensor:
+        """The bounds of the sequences of groups first..last, counted from the first row of them."""
+        part = self.tensor[first * self.per_group : last * self.per_group + 1]
+        return part - part[0]
 
     def slabs(self, size: int) -> list[tuple[int, int]]:
         """Ranges of groups, each of at most ``size`` rows in all (or one group)."""
