@@ -5,10 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -23,82 +22,117 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 2048;       // cells handled together, or one pair where it has more heads
 constexpr int64_t kBlocksPerTask = 4;  // what one thread should have before a second one is worth waking
-constexpr int64_t kMostLanes = 16;
+constexpr int64_t kCountsPerTask = 32768;
+constexpr int64_t kRound = 64;  // counts added side by side, where a pair has fewer
 
-// Shapes and pointers of one call; null pointers are tensors that are absent.
+// Shapes and pointers of one call; null pointers are tensors that are absent. Cells lie side by side, those of a pair
+// together.
 struct Pairs {
-  const void *chosen, *rejected;
+  const char *chosen, *rejected;
   const float* margin;
-  const int32_t* mask;
+  const char* counts;
   int64_t n, heads, margin_columns;
   float offset, label_smoothing;
-  std::vector<float> weight;  // of one count, for a block of cells: 1 / (heads * max(1, total of the head))
+
+  int64_t cells() const { return n * heads; }
+  // Of a block: whole pairs.
+  int64_t size() const { return std::min(cells(), heads * std::max<int64_t>(1, kBlock / heads)); }
+  int64_t blocks() const { return cells() == 0 ? 0 : (cells() + size() - 1) / size(); }
 };
 
-// Fills gap, and how often each counts, of `count` cells that lie side by side from `first` on, the first one of
-// head 0.
-template <typename T>
-void gather_cells(const Pairs& pairs, int64_t first, int64_t count, float* __restrict gap,
-                  float* __restrict times) {
-  const T* chosen = static_cast<const T*>(pairs.chosen) + first;
-  const T* rejected = static_cast<const T*>(pairs.rejected) + first;
-  for (int64_t i = 0; i < count; ++i) {
-    gap[i] = static_cast<float>(chosen[i]) - static_cast<float>(rejected[i]) - pairs.offset;
-  }
-  if (pairs.margin && pairs.margin_columns == 1) {
-    for (int64_t i = 0; i < count; i += pairs.heads) {
-      const float margin = pairs.margin[(first + i) / pairs.heads];
-      for (int64_t k = 0; k < pairs.heads; ++k) gap[i + k] -= margin;
-    }
-  } else if (pairs.margin) {
-    for (int64_t i = 0; i < count; ++i) gap[i] -= pairs.margin[first + i];
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    times[i] = pairs.mask ? static_cast<float>(pairs.mask[first + i]) : 1.0f;
+// Calls f with a value of the scores' type.
+template <typename F>
+void with_type(const Tensor& scores, const F& f) {
+  switch (scores.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(fastalign::Bfloat16{});
+    case ScalarType::Half:
+      return f(fastalign::Float16{});
+    default:
+      STD_TORCH_CHECK(false, "bradley_terry_loss: expected float32, bfloat16 or float16 scores on CPU");
   }
 }
 
-int64_t cells_of_a_block(int64_t heads) { return heads * std::max<int64_t>(1, kBlock / heads); }
+// Calls f with a value of the counts' type; of any type where there are none.
+template <typename F>
+void with_counts(const std::optional<Tensor>& mask, const F& f) {
+  switch (mask ? mask->scalar_type() : ScalarType::Bool) {
+    case ScalarType::Bool:
+      return f(uint8_t{});
+    case ScalarType::Int:
+      return f(int32_t{});
+    case ScalarType::Long:
+      return f(int64_t{});
+    default:
+      STD_TORCH_CHECK(false, "bradley_terry_loss: expected a bool, int32 or int64 head_mask on CPU");
+  }
+}
 
-template <typename T>
-double loss_and_dgap(const Pairs& pairs, float* dgap) {
-  const int64_t cells = pairs.n * pairs.heads, size = cells_of_a_block(pairs.heads);
-  const int64_t blocks = (cells + size - 1) / size;
+// How many pairs each head keeps, repeats counted.
+template <typename Count>
+std::vector<int64_t> kept(const Pairs& pairs) {
+  std::vector<int64_t> totals(pairs.heads, pairs.counts ? 0 : pairs.n);
+  if (!pairs.counts) {
+    return totals;
+  }
+  const int64_t round = pairs.heads * std::max<int64_t>(1, kRound / pairs.heads);
+  const int64_t size = round * std::max<int64_t>(1, kCountsPerTask / round);
+  const int64_t tasks = (pairs.cells() + size - 1) / size;
+  std::vector<int64_t> parts(tasks * round);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = task * size, count = std::min(size, pairs.cells() - begin);
+      FASTALIGN_CALL(add_counts<Count>, pairs.counts + begin * sizeof(Count), count, &parts[task * round],
+                     round);
+    }
+  });
+  for (size_t i = 0; i < parts.size(); ++i) totals[i % pairs.heads] += parts[i];
+  return totals;
+}
+
+// What one count of each cell of a block weighs: 1 / (heads * max(1, total of the head)).
+template <typename Total>
+std::vector<float> weights(const Pairs& pairs, const Total* totals) {
+  std::vector<float> weight(pairs.size());
+  for (int64_t i = 0; i < pairs.size(); ++i) {
+    const double heads = static_cast<double>(pairs.heads);
+    weight[i] = i < pairs.heads
+                    ? static_cast<float>(1.0 / (heads * std::max(1.0, static_cast<double>(totals[i]))))
+                    : weight[i - pairs.heads];
+  }
+  return weight;
+}
+
+template <typename T, typename Count>
+double loss_and_dgap(const Pairs& pairs, const std::vector<float>& weight, float* dgap) {
+  const int64_t size = pairs.size(), blocks = pairs.blocks();
+  const bool spread = pairs.margin && pairs.margin_columns < pairs.heads;
   // One sum per block: how many threads there are does not change the result.
   std::vector<double> parts(blocks);
   torch::stable::parallel_for(0, blocks, kBlocksPerTask, [&](int64_t first, int64_t last) {
-    std::vector<float> gap(size + kMostLanes), times(size + kMostLanes);
+    std::vector<float> times(pairs.counts ? size : 0), margins(spread ? size : 0);
     for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * size, count = std::min(size, cells - begin);
-      gather_cells<T>(pairs, begin, count, gap.data(), times.data());
-      // Cells that never count fill the last register.
-      std::fill_n(times.begin() + count, kMostLanes, 0.0f);
-      FASTALIGN_CALL(cells_loss, gap.data(), times.data(), pairs.weight.data(), count, pairs.label_smoothing,
-                     &parts[block]);
-      std::copy(gap.begin(), gap.begin() + count, dgap + begin);
+      const int64_t begin = block * size, count = std::min(size, pairs.cells() - begin);
+      if (pairs.counts) {
+        FASTALIGN_CALL(counts_as_floats<Count>, pairs.counts + begin * sizeof(Count), count, times.data());
+      }
+      const float* margin = pairs.margin ? pairs.margin + begin : nullptr;
+      if (spread) {
+        for (int64_t i = 0; i < count; i += pairs.heads) {
+          std::fill_n(&margins[i], pairs.heads, pairs.margin[(begin + i) / pairs.heads]);
+        }
+        margin = margins.data();
+      }
+      FASTALIGN_CALL(cells_loss<T>, pairs.chosen + begin * sizeof(T), pairs.rejected + begin * sizeof(T),
+                     margin, pairs.offset, pairs.counts ? times.data() : nullptr, weight.data(), count,
+                     pairs.label_smoothing, dgap + begin, &parts[block]);
     }
   });
   double loss = 0.0;
   for (const double part : parts) loss += part;
   return loss;
-}
-
-std::vector<float> weight_of(const int32_t* mask, const float* totals, int64_t n, int64_t heads) {
-  std::vector<int64_t> counts(heads, n);
-  if (mask && !totals) {
-    std::fill(counts.begin(), counts.end(), 0);
-    for (int64_t b = 0; b < n; ++b) {
-      for (int64_t k = 0; k < heads; ++k) counts[k] += std::max(0, mask[b * heads + k]);
-    }
-  }
-  std::vector<float> weight(cells_of_a_block(heads) + kMostLanes);
-  for (int64_t k = 0; k < heads; ++k) {
-    const double total = std::max(1.0, totals ? totals[k] : static_cast<double>(counts[k]));
-    for (size_t i = k; i < weight.size(); i += heads) {
-      weight[i] = static_cast<float>(1.0 / (static_cast<double>(heads) * total));
-    }
-  }
-  return weight;
 }
 
 std::tuple<Tensor, Tensor> bradley_terry_loss_cpu(const Tensor& chosen_in, const Tensor& rejected_in,
@@ -117,32 +151,24 @@ std::tuple<Tensor, Tensor> bradley_terry_loss_cpu(const Tensor& chosen_in, const
   const int64_t n = chosen.size(0), heads = chosen.size(1);
   Tensor loss = torch::stable::new_empty(chosen, {}, ScalarType::Float);
   Tensor dgap = torch::stable::new_empty(chosen, {n, heads}, ScalarType::Float);
-  const int32_t* counts = static_cast<const int32_t*>(pointer(mask));
-  const Pairs pairs{chosen.const_data_ptr(),
-                    rejected.const_data_ptr(),
+  const Pairs pairs{static_cast<const char*>(chosen.const_data_ptr()),
+                    static_cast<const char*>(rejected.const_data_ptr()),
                     static_cast<const float*>(pointer(margin)),
-                    counts,
+                    static_cast<const char*>(pointer(mask)),
                     n,
                     heads,
                     margin ? margin->size(1) : 0,
                     static_cast<float>(offset),
-                    static_cast<float>(label_smoothing),
-                    weight_of(counts, static_cast<const float*>(pointer(totals)), n, heads)};
-  float* to = static_cast<float*>(dgap.mutable_data_ptr());
+                    static_cast<float>(label_smoothing)};
   double sum = 0.0;
-  switch (chosen.scalar_type()) {
-    case ScalarType::Float:
-      sum = loss_and_dgap<float>(pairs, to);
-      break;
-    case ScalarType::BFloat16:
-      sum = loss_and_dgap<torch::headeronly::BFloat16>(pairs, to);
-      break;
-    case ScalarType::Half:
-      sum = loss_and_dgap<torch::headeronly::Half>(pairs, to);
-      break;
-    default:
-      STD_TORCH_CHECK(false, "bradley_terry_loss: expected float32, bfloat16 or float16 scores on CPU");
-  }
+  with_counts(mask, [&](auto count) {
+    using Count = decltype(count);
+    const std::vector<float> weight = totals ? weights(pairs, static_cast<const float*>(pointer(totals)))
+                                             : weights(pairs, kept<Count>(pairs).data());
+    with_type(chosen, [&](auto zero) {
+      sum = loss_and_dgap<decltype(zero), Count>(pairs, weight, static_cast<float*>(dgap.mutable_data_ptr()));
+    });
+  });
   *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(sum);
   return {loss, dgap};
 }

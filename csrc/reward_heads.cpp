@@ -9,9 +9,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <functional>
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #define FASTALIGN_ROWS "reward_heads_rows.h"
@@ -25,8 +28,10 @@ using fastalign::Statistic;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Elements of hidden that one thread should have before a second one is worth waking.
-constexpr int64_t kElementsPerTask = 65536;
+// Products, samples and bytes that one thread should have before a second one is worth waking.
+constexpr int64_t kProductsPerTask = 262144;
+constexpr int64_t kSamplesPerTask = 256;
+constexpr int64_t kBytesPerTask = 262144;
 // Rows and columns whose products the backward pass forms together: they stay in the caches.
 constexpr int64_t kRowBlock = 64;
 constexpr int64_t kColumnBlock = 256;
@@ -95,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> reward_heads_cpu(const Tensor& hidden_in, con
   const float* w = static_cast<const float*>(weight.const_data_ptr());
   const char* x = static_cast<const char*>(hidden.const_data_ptr());
   const int64_t row_bytes = hidden.stride(0) * static_cast<int64_t>(hidden.element_size());
-  const int64_t grain = std::max<int64_t>(4, kElementsPerTask / width);
+  const int64_t grain = std::max<int64_t>(4, kProductsPerTask / (width * heads));
   with_type(hidden, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, n, grain, [&](int64_t first, int64_t last) {
@@ -111,29 +116,52 @@ std::tuple<Tensor, Tensor, Tensor> reward_heads_cpu(const Tensor& hidden_in, con
   return {scores, reduced, std};
 }
 
-// The rows that are named, each once, and dL/dscores of each summed over the samples that name it, in their order.
+// The rows that are named, each once and ascending, and dL/dscores of each summed over the samples that name it, in
+// their order.
 struct Named {
   std::vector<int64_t> rows;
   std::vector<float> dscores;  // [rows, heads]
 };
 
-Named named_rows(const std::vector<int64_t>& rows, const ScoreGradients& gradients, const float* scores,
-                 int64_t heads, const Statistic& statistic) {
-  std::vector<int64_t> order(rows.size());
+Named named_rows(std::vector<int64_t> rows, const ScoreGradients& gradients, const float* scores, int64_t heads,
+                 const Statistic& statistic) {
+  const int64_t n = static_cast<int64_t>(rows.size());
+  std::vector<float> dscores(n * heads);
+  torch::stable::parallel_for(0, n, kSamplesPerTask, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      fastalign::add_dscores(gradients, scores, b, heads, statistic, &dscores[b * heads]);
+    }
+  });
+  if (std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<int64_t>()) == rows.end()) {
+    return {std::move(rows), std::move(dscores)};
+  }
+  std::vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return rows[a] < rows[b]; });
   Named named;
-  named.rows.reserve(rows.size());
-  named.dscores.reserve(rows.size() * heads);
+  named.rows.reserve(n);
+  named.dscores.reserve(n * heads);
   for (const int64_t b : order) {
     if (named.rows.empty() || named.rows.back() != rows[b]) {
       named.rows.push_back(rows[b]);
       named.dscores.resize(named.dscores.size() + heads, 0.0f);
     }
-    fastalign::add_dscores(gradients, scores, b, heads, statistic,
-                           named.dscores.data() + named.dscores.size() - heads);
+    float* sum = named.dscores.data() + named.dscores.size() - heads;
+    for (int64_t k = 0; k < heads; ++k) sum[k] += dscores[b * heads + k];
   }
   return named;
+}
+
+// Zeros in the rows of out [n_rows] that are not named.
+void clear_others(const std::vector<int64_t>& named, int64_t n_rows, int64_t row_bytes, char* out) {
+  const int64_t n = static_cast<int64_t>(named.size());
+  const int64_t grain = std::max<int64_t>(1, kBytesPerTask / row_bytes);
+  torch::stable::parallel_for(0, n + 1, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i == 0 ? 0 : named[i - 1] + 1, end = i == n ? n_rows : named[i];
+      std::memset(out + begin * row_bytes, 0, (end - begin) * row_bytes);
+    }
+  });
 }
 
 // Fills dhidden, dweight and dbias, contiguous; those without elements are left alone. Columns are shared out among
@@ -179,9 +207,7 @@ void reward_heads_backward_cpu(Tensor dhidden, Tensor dweight, Tensor dbias,
     heads_from[k] = static_cast<const float*>(weight.const_data_ptr()) + k * width;
     heads_to[k] = dw + k * width;
   }
-  if (needs_hidden && n < hidden.size(0)) {
-    std::memset(dx, 0, hidden.size(0) * width * bytes);
-  }
+  if (needs_hidden) clear_others(named.rows, hidden.size(0), width * bytes, dx);
   if (needs_heads) std::fill(dw, dw + heads * width, 0.0f);
   with_type(hidden, [&](auto zero) {
     using T = decltype(zero);

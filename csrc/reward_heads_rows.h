@@ -43,7 +43,9 @@ FASTALIGN_INLINE void add_dots(const T* const* x, const float* w, int64_t width,
 template <typename T, int kRows>
 void score_tile(const T* const* x, const float* w, const float* bias, int64_t width, int64_t heads, float* out) {
   Lanes sums[kRows * kMaxHeads];
-  for (int64_t i = 0; i < kRows * kMaxHeads; ++i) sums[i] = Lanes{};
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t k = 0; k < heads; ++k) sums[r * kMaxHeads + k] = Lanes{};
+  }
   for (int64_t begin = 0; begin < width; begin += kColumnBlock) {
     const int64_t end = begin + kColumnBlock < width ? begin + kColumnBlock : width;
     int64_t k = 0;

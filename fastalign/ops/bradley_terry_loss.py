@@ -29,9 +29,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from fastalign.backend import choose
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
+
+CPP_COUNTS = (torch.bool, torch.int32, torch.int64)  # dtypes of head_mask that C++ reads
 
 
 def bradley_terry_loss_reference(
@@ -89,6 +93,37 @@ def dgap_reference(
     return torch.where(times > 0, slope * share, torch.zeros_like(gap)) / n_heads
 
 
+def _computed(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None,
+    offset: float,
+    head_mask: Tensor | None,
+    totals: Tensor | None,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """(loss, dL/dd [B, K]), by the backend in force."""
+    which = choose("bradley_terry_loss", chosen)
+    args = (chosen, rejected, margin, offset, head_mask, totals, label_smoothing)
+    if which == "triton":
+        from fastalign.kernels.bradley_terry_loss import bradley_terry_loss_fwd
+
+        return bradley_terry_loss_fwd(*args)
+    if which == "cpp":
+        if head_mask is not None and head_mask.dtype not in CPP_COUNTS:
+            head_mask = head_mask.long()
+        return torch.ops.fastalign_cpp.bradley_terry_loss(
+            chosen,
+            rejected,
+            None if margin is None else margin.float(),
+            offset,
+            head_mask,
+            None if totals is None else totals.float(),
+            label_smoothing,
+        )
+    return bradley_terry_loss_reference(*args), dgap_reference(*args)
+
+
 @torch.library.custom_op("fastalign::bradley_terry_loss", mutates_args=())
 def _bradley_terry_loss(
     chosen: Tensor,
@@ -99,24 +134,7 @@ def _bradley_terry_loss(
     totals: Tensor | None,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, dL/dd [B, K])."""
-    which = choose("bradley_terry_loss", chosen)
-    args = (chosen, rejected, margin, offset, head_mask, totals, label_smoothing)
-    if which == "triton":
-        from fastalign.kernels.bradley_terry_loss import bradley_terry_loss_fwd
-
-        return bradley_terry_loss_fwd(*args)
-    if which == "cpp":
-        return torch.ops.fastalign_cpp.bradley_terry_loss(
-            chosen,
-            rejected,
-            None if margin is None else margin.float(),
-            offset,
-            None if head_mask is None else head_mask.int(),
-            None if totals is None else totals.float(),
-            label_smoothing,
-        )
-    return bradley_terry_loss_reference(*args), dgap_reference(*args)
+    return _computed(chosen, rejected, margin, offset, head_mask, totals, label_smoothing)
 
 
 @_bradley_terry_loss.register_fake
@@ -146,18 +164,36 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> Any:
     needs_chosen, needs_rejected, needs_margin = ctx.needs_input_grad[:3]
     if grad_loss is None:
         return (None,) * 7
-    d = grad_loss * dgap
-    return (
-        d if needs_chosen else None,
-        -d if needs_rejected else None,
-        (-d).sum_to_size(ctx.margin_shape) if needs_margin else None,
-        *(None,) * 4,
-    )
+    chosen = grad_loss * dgap
+    rejected = margin = None
+    if needs_rejected or needs_margin:
+        rejected = -chosen
+        margin = rejected.sum_to_size(ctx.margin_shape) if needs_margin else None
+    return chosen if needs_chosen else None, rejected, margin, None, None, None, None
 
 
 torch.library.register_autograd(
     "fastalign::bradley_terry_loss", _backward, setup_context=_setup_context
 )
+
+
+class _BradleyTerryLoss(torch.autograd.Function):
+    """The op without the dispatcher, which takes longer on a CPU than the loss of 10,000 cells."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        output = _computed(*args)
+        ctx.margin_shape = None if args[2] is None else args[2].shape
+        ctx.save_for_backward(output[1])
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        # dL/dd is a constant to autograd: a second derivative would be wrong in silence.
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_loss, None)
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def bradley_terry_loss(
@@ -228,8 +264,13 @@ def bradley_terry_loss(
         raise ValueError(
             f"bradley_terry_loss: expected label_smoothing in [0, 0.5), got {label_smoothing}"
         )
-    others = {"rejected": rejected, "margin": margin, "head_mask": head_mask, "totals": totals}
-    for name, maybe in others.items():
+    others = (
+        ("rejected", rejected),
+        ("margin", margin),
+        ("head_mask", head_mask),
+        ("totals", totals),
+    )
+    for name, maybe in others:
         if maybe is not None and maybe.device != chosen.device:
             raise ValueError(
                 f"bradley_terry_loss: expected {name} on the device of chosen, {chosen.device}, "
@@ -238,12 +279,17 @@ def bradley_terry_loss(
     dtype = torch.promote_types(chosen.dtype, rejected.dtype)
     if isinstance(margin, Tensor) and margin.dtype == torch.float64:
         dtype = torch.float64
-    return _bradley_terry_loss(
-        chosen.to(dtype),
-        rejected.to(dtype),
+    # Tracers, and tensors that only stand for others, need the op.
+    args = (
+        chosen if chosen.dtype == dtype else chosen.to(dtype),
+        rejected if rejected.dtype == dtype else rejected.to(dtype),
         margin,
         offset,
         head_mask,
         None if totals is None else totals.detach(),
         float(label_smoothing),
-    )[0]
+    )
+    # Tracers, and tensors that only stand for others, need the op.
+    if type(chosen) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+        return _bradley_terry_loss(*args)[0]
+    return _BradleyTerryLoss.apply(*args)
