@@ -45,6 +45,8 @@ def gradient_of(backend: str, scores: Tensor, reduce: str, coef: float = 1.0) ->
         ("uwo", 1.0, [0.96, 0.25]),
         ("lcb", 1.0, [0.8, 0.677124]),
         ("uwo", 0.5, [0.98, 1.125]),
+        ("uwo", 2.0 / 3.0, [0.973333, 0.833333]),
+        ("lcb", (2.0 / 3.0) ** 0.5, [0.836701, 0.919877]),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -52,7 +54,8 @@ def test_published_statistics(
     backend: str, reduce: str, coef: float | None, want: list[float]
 ) -> None:
     """Sample 2: mean 2, deviations -1.5, .5, 1, squares 2.25 + .25 + 1 = 3.5, variance 3.5/2 =
-    1.75, std 1.322876. uwo(1) = .25, lcb(1) = .677124, uwo(.5) = 2 - .875 = 1.125.
+    1.75, std 1.322876. uwo(1) = .25, lcb(1) = .677124, uwo(.5) = 2 - .875 = 1.125. With ddof 0 the
+    variance is 2/3 of that: 2 - 1.166667 = .833333 and 2 - 1.080123 = .919877.
     """
     truth = reduce_scores(HEADS.t(), reduce, coef)
     assert [round(x, 6) for x in truth.tolist()] == want
@@ -61,6 +64,20 @@ def test_published_statistics(
         got = reduce_scores(scores, reduce, coef)
     eager = reduce_scores_reference(scores, reduce, coef or 0.0)[0]
     assert_no_worse(got, eager, truth, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "reduce, coef, want",
+    [("uwo", 0.5, [1.083333, 0.083333, -0.166667]), ("lcb", 1.0, [0.900280, 0.144351, -0.044631])],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_worked_by_hand(
+    backend: str, reduce: str, coef: float, want: list[float]
+) -> None:
+    """Sample 2, deviations c = (-1.5, .5, 1): uwo 1/3 - 2 * .5 c / 2; lcb 1/3 - c / (2 * 1.322876)
+    = 1/3 - .377964 c."""
+    got = gradient_of(backend, HEADS.t()[1:].float(), reduce, coef)[0]
+    assert got == pytest.approx(want, abs=2e-6)
 
 
 @pytest.mark.parametrize(

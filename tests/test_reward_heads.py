@@ -1,4 +1,4 @@
-"""Reward heads: three backends against float64, gather, gradients, repeated rows, bad indices."""
+"""Reward heads: three backends against float64, statistics, gradients, bad input."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from reward_ensembles import BACKENDS, DTYPES, KERNELS, compare, device_of, make, run
 from torch import Tensor
 
 import fastalign as fa
@@ -23,9 +23,6 @@ from fastalign.ops.reward_heads import (
 )
 from fastalign.testing import assert_no_worse
 
-BACKENDS = ["reference", "cpp", "triton"]
-KERNELS = ["cpp", "triton"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # rows, samples, width, heads
     (1, 1, 1, 1),
     (9, 5, 33, 3),  # tails in rows, columns and heads
@@ -33,49 +30,6 @@ SHAPES = [  # rows, samples, width, heads
     (70, 66, 300, 5),  # several blocks, the last ones ragged
     (3, 5, 64, 64),  # as many heads as there may be
 ]
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-
-
-def make(
-    rows: int, samples: int, width: int, heads: int, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, weights (a row of which is of length 1), biases, and rows drawn with
-    replacement."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, width, generator=generator)
-    weight = torch.randn(heads, width, generator=generator) / width**0.5
-    bias = torch.randn(heads, generator=generator)
-    index = torch.randint(rows, (samples,), generator=generator)
-    hidden, weight, bias = (x.to(device, dtype) for x in (hidden, weight, bias))
-    return hidden, weight, bias, index.to(device)
-
-
-def run(backend: str, inputs: tuple, reduce: str, gradients: tuple | None = None) -> list[Tensor]:
-    """Scores, statistic and std, then the gradients of hidden, weight and bias."""
-    hidden, weight, bias, index = inputs
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    n = len(hidden) if index is None else len(index)
-    generator = torch.Generator().manual_seed(7)
-    g = [torch.randn(*size, generator=generator) for size in [(n, len(weight)), (n,), (n,)]]
-    g = [x.to(hidden.device, wide) for x in g] if gradients is None else list(gradients)
-    with fa.backend(backend):
-        out = _reward_heads(hidden, weight, bias, index, reduce, 0.7)
-        rest = (hidden, weight, index, out[0], reduce, 0.7, True, True)
-        return [*out, *_reward_heads_backward(*g, *rest)]
-
-
-def compare(backend: str, inputs: tuple, reduce: str = "lcb", eager: Any = None) -> None:
-    hidden, weight, bias, index = inputs
-    truth = run("reference", (*(x.double() for x in inputs[:3]), index), reduce)
-    eager = run("reference", inputs, reduce)
-    kernel = run(backend, inputs, reduce)
-    # The gradients of the kernel are those at its own scores; the spread is smooth in these.
-    for place, (got, plain, true) in enumerate(zip(kernel, eager, truth, strict=True)):
-        assert got.dtype == plain.dtype
-        assert_no_worse(got, plain, true, hidden.dtype, grad=place > 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,75 +146,6 @@ def test_closed_form_gradient_is_autograds(reduce: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_row_named_by_all_samples(backend: str) -> None:
-    """Every sample's gradient reaches the one row, in the same order each time."""
-    device = device_of(backend)
-    hidden, weight, bias, _ = make(3, 1, 20, 4, torch.float32, device)
-    index = torch.full((200,), 1, device=device)
-    inputs = (hidden, weight, bias, index)
-    first, second = (run(backend, inputs, "uwo") for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
-    truth = run("reference", tuple(x.double() for x in inputs[:3]) + (index,), "uwo")
-    assert_no_worse(first[3], run("reference", inputs, "uwo")[3], truth[3], torch.float32, True)
-    assert first[3][[0, 2]].abs().max() == 0.0 < first[3][1].abs().max()
-
-
-def test_cpp_gives_the_same_bits_with_any_number_of_threads() -> None:
-    inputs = make(300, 400, 600, 5, torch.float32)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run("cpp", inputs, "median"))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_outside_the_index_do_not_matter(backend: str) -> None:
-    hidden, weight, bias, _ = make(4, 1, 40, 2, torch.float32, device_of(backend))
-    index = torch.tensor([3, 1], device=hidden.device)
-    clean = run(backend, (hidden, weight, bias, index), "mean")
-    hidden[[0, 2]] = float("nan")
-    dirty = run(backend, (hidden, weight, bias, index), "mean")
-    assert all(torch.equal(x, y) for x, y in zip(clean, dirty, strict=True))
-    assert dirty[3][[0, 2]].abs().max() == 0.0 and dirty[3][[1, 3]].abs().max() > 0.0
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_a_named_row_is_seen(backend: str) -> None:
-    hidden, weight, bias, _ = make(4, 1, 40, 2, torch.float32, device_of(backend))
-    hidden[2, 7] = float("nan")
-    out = run(backend, (hidden, weight, bias, None), "min")
-    assert out[0][2].isnan().all() and out[1][2].isnan() and out[4][:, 7].isnan().all()
-    assert out[0][[0, 1, 3]].isfinite().all() and out[1][[0, 1, 3]].isfinite().all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_what_needs_a_gradient_is_computed(backend: str) -> None:
-    hidden, weight, bias, index = make(5, 7, 40, 3, torch.float32, device_of(backend))
-    whole = run(backend, (hidden, weight, bias, index), "mean")
-    for needs in [(True, False), (False, True)]:
-        with fa.backend(backend):
-            generator = torch.Generator().manual_seed(7)
-            g = [torch.randn(*s, generator=generator).to(hidden) for s in [(7, 3), (7,), (7,)]]
-            rest = (hidden, weight, index, whole[0], "mean", 0.7, *needs)
-            parts = _reward_heads_backward(*g, *rest)
-        for part, full, needed in zip(
-            parts, whole[3:], (needs[0], needs[1], needs[1]), strict=True
-        ):
-            assert torch.equal(part, full) if needed else part.numel() == 0
-        # A frozen encoder, or frozen heads, through autograd.
-        h, w = hidden.clone().requires_grad_(needs[0]), weight.clone().requires_grad_(needs[1])
-        with fa.backend(backend):
-            reward_heads(h, w, index=index).sum().backward()
-        assert (h.grad is not None, w.grad is not None) == needs
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_bias_alone_may_be_trained(backend: str) -> None:
     hidden, weight, bias, _ = make(5, 1, 40, 3, torch.bfloat16, device_of(backend))
     bias.requires_grad_()
@@ -285,56 +170,10 @@ def test_bfloat16_gradients_are_rounded_once(backend: str) -> None:
         assert same.float().mean() > 0.98
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_samples(backend: str) -> None:
-    device = device_of(backend)
-    hidden, weight, bias, _ = make(4, 1, 5, 3, torch.float32, device)
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    with fa.backend(backend):
-        scores, reduced = reward_heads(*leaves, index=none, reduce="lcb", coef=1.0)
-        gradients = torch.autograd.grad(scores.sum() + reduced.sum(), leaves)
-        assert reward_heads(torch.empty(0, 5, device=device), weight).shape == (0, 3)
-    assert scores.shape == (0, 3) and reduced.shape == (0,)
-    for gradient, leaf in zip(gradients, leaves, strict=True):
-        assert torch.equal(gradient, torch.zeros_like(leaf))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_non_contiguous(backend: str) -> None:
-    """Every tensor a view: transposed, a slice of columns (read where it lies), every other one."""
-    device = device_of(backend)
-    hidden, weight, bias, index = make(8, 10, 12, 6, torch.float32, device)
-    copies = (hidden[:, 2:9], weight[::2, 2:9], bias[::2], index[::2])
-    want = run(backend, tuple(x.contiguous() for x in copies), "lcb")
-    for views in (copies, (hidden.t().contiguous().t()[:, 2:9], *copies[1:])):
-        got = run(backend, views, "lcb")
-        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-        assert got[3].is_contiguous()
-
-
-def test_an_index_outside_the_rows_is_never_a_number() -> None:
-    hidden, weight, _, _ = make(4, 1, 5, 3, torch.float32)
-    for wrong in (4, -1):
-        index = torch.tensor([1, wrong])
-        message = rf"index in \[0, 4\), got {wrong} at place 1"
-        with fa.backend("cpp"), pytest.raises(RuntimeError, match=message):
-            reward_heads(hidden, weight, index=index)
-        with fa.backend("reference"), pytest.raises((IndexError, RuntimeError)):
-            reward_heads(hidden, weight, index=index)
-        device = device_of("triton")
-        inputs = (hidden.to(device), weight.to(device), None, index.to(device))
-        g = (torch.ones(2, 3, device=device), None, None)
-        scores, reduced, std, dhidden, _, _ = run("triton", inputs, "min", g)
-        assert scores[1].isnan().all() and reduced[1].isnan() and std[1].isnan()
-        assert scores[0].isfinite().all() and reduced[0].isfinite()
-        assert dhidden[[0, 2, 3]].abs().max() == 0.0 < dhidden[1].abs().max()
-
-
 ISA_PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_reward_heads import DTYPES, compare, make
+from reward_ensembles import DTYPES, compare, make
 for dtype in DTYPES:
     compare("cpp", make(300, 70, 1203, 7, dtype))
 print("passed")

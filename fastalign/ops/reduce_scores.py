@@ -7,7 +7,8 @@
     uwo     mean - coef * variance_k(s)    uncertainty-weighted
 
 std and variance are the unbiased ones (ddof = 1) and 0 for K = 1. A NaN among the scores makes
-every statistic NaN.
+every statistic NaN. Where a source divides by K (ddof = 0), its uwo is this one with coef times
+(K - 1) / K, its lcb with coef times sqrt((K - 1) / K).
 
 Gradients with respect to s_k, where c_k = s_k - mean:
 
