@@ -1,8 +1,9 @@
 """Bradley-Terry loss and gradient in one launch; formula: fastalign/ops/bradley_terry_loss.py.
 
 One program per block of pairs, all heads in one tile. Each program adds up the head mask for
-itself, because the gradient of a cell needs the sum over its whole column. A single program writes
-the loss; several write parts of it, to be added up.
+itself, because the gradient of a cell needs the sum over its whole column; where many programs
+would, the mask is added up before. A single program writes the loss; several write parts of it, to
+be added up.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastalign.kernels._device import log1p_unit
 
 BLOCK_CELLS = 2048  # pairs times heads of one program
+MOST_READERS = 32  # programs that add up the whole head mask for themselves
 
 
 @triton.jit(
@@ -118,6 +120,9 @@ def bradley_terry_loss_fwd(
     block_k = triton.next_power_of_2(heads)
     block_b = max(1, BLOCK_CELLS // block_k)
     programs = triton.cdiv(n, block_b)
+    if totals is None and head_mask is not None and programs > MOST_READERS:
+        counts = head_mask if head_mask.dtype == torch.bool else head_mask.clamp(min=0)
+        totals = counts.sum(0)
     parts = torch.empty(programs, dtype=torch.float32, device=chosen.device)
     strides = list(chosen.stride()) + list(rejected.stride())
     strides += [0, 0] if margin is None else list(margin.expand(n, heads).stride())

@@ -208,6 +208,7 @@ LAUNCHES: dict[str, Launch] = {
     "bradley-terry, 1 head": lambda: bradley_terry(1, False),
     "bradley-terry, 5 heads, all features": lambda: bradley_terry(5, True),
     "bradley-terry, 64 heads, all features": lambda: bradley_terry(64, True),
+    "bradley-terry, 16 heads, many pairs": lambda: bradley_terry(16, True, 5000),
 }
 
 

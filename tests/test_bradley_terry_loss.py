@@ -51,6 +51,16 @@ def test_features_against_float64(backend: str) -> None:
     compare(backend, inputs, head_mask=inputs["head_mask"].to(torch.int8))
 
 
+@pytest.mark.parametrize("kept", [torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_many_programs_share_the_totals(backend: str, kept: torch.dtype) -> None:
+    """The Triton kernel takes 32 pairs of 64 heads at once: 1030 pairs are 33 programs, from where
+    on none of them adds up the mask."""
+    inputs = make(1030, 64, torch.float32, device_of(backend))
+    compare(backend, inputs | {"head_mask": inputs["head_mask"].clamp(min=0).to(kept)})
+    compare(backend, inputs)
+
+
 @pytest.mark.parametrize(
     "margin, eps, want",
     [(None, 0.0, 0.341153875), (0.5, 0.0, 0.513015252), (None, 0.1, 0.431153875)],
