@@ -22,6 +22,7 @@ SLAB = importlib.import_module("fastalign.ops.slab")
 N, H, V = 512, 16, 300
 ROW = 4 * V
 GROUPS = [0, 100, 512]
+PAIRS = [0, 30, 100, 130, 512]
 GSPO = losses.GRPO("gspo", kl_coef=0.1, entropy_coef=0.01)
 
 
@@ -49,6 +50,11 @@ CASES: dict[str, dict[str, Any]] = {
     **{name: dict(loss=loss) for name, loss in OBJECTS.items()},
     "gspo": dict(loss=GSPO, groups=GROUPS, workspace=450 * ROW),
     "gspo, two stages": dict(loss=GSPO, groups=GROUPS, workspace=200 * ROW),
+    **{
+        type(loss).__name__: dict(loss=loss, groups=PAIRS, workspace=450 * ROW)
+        for loss in (losses.DPO(), losses.RPO(), losses.XPO(), losses.SimPO(), losses.KTO())
+    },
+    "pairs, two stages": dict(loss=losses.DPO(), groups=PAIRS, workspace=200 * ROW),
     "callable": dict(loss=own),
     "slabs": dict(loss=own, workspace=100 * ROW),
     "a constant on the host": dict(loss=own, workspace=100 * ROW, on_host=True),
@@ -81,7 +87,13 @@ def inputs_of(loss: Any, device: str, ref: bool, on_host: bool) -> dict[str, Ten
     if loss is per_group:
         return {"advantages": vector()}
     names = {*loss.required, *loss.optional, "old_logp", "ref_logp"} - {"cu_seqlens"}
-    return {name: vector() for name in names if not (ref and name == "ref_logp")}
+    flags = {"chosen_is_ref": 2, "desirable": 4}
+    inputs = {name: vector() for name in names if not (ref and name == "ref_logp")}
+    for name in names & {*flags}:
+        inputs[name] = torch.empty(flags[name], dtype=torch.bool, device=device)
+    if "z0" in names:
+        inputs["z0"] = torch.empty((), device=device)
+    return inputs
 
 
 def run(
