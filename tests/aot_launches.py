@@ -152,6 +152,8 @@ def preference(
     preference_loss_bwd(losses.mean().expand(len(losses)), slopes, cu_seqlens, mask, tokens)
 
 
+NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VOCABS = {"V a multiple of 16": 128_256, "odd V": 50_257}
 FULL = {"kl_coef": 0.1, "entropy_coef": 0.01}
 LAUNCHES: dict[str, Launch] = {
     "policy loss, clipped, all features": lambda: policy_loss(
@@ -163,13 +165,21 @@ LAUNCHES: dict[str, Launch] = {
     "policy loss, tilted": lambda: policy_loss(AWR(0.1), 5000, "ms"),
     "policy loss, weighted": lambda: policy_loss(MLE(), 5000),
     "value loss": lambda: policy_loss(None, 5000, "m"),
-    "rows bf16, V a multiple of 16, entropy": lambda: row_kernels(torch.bfloat16, 128_256),
-    "rows fp32, odd V, soft-cap": lambda: row_kernels(torch.float32, 50_257, softcap=30.0),
+    **{
+        f"rows {name}, {columns}, {rest}": partial(row_kernels, dtype, vocab, softcap=softcap)
+        for name, dtype in NAMED.items()
+        for columns, vocab in VOCABS.items()
+        for rest, softcap in (("plain", 0.0), ("soft-cap", 30.0))
+    },
     "rows fp16, no entropy": lambda: row_kernels(torch.float16, 32_000, entropy=False),
-    "kl bf16, V a multiple of 16": lambda: kl_kernels(torch.bfloat16, torch.bfloat16, 128_256),
-    "kl fp32 and bf16, odd V, soft-cap": lambda: kl_kernels(
-        torch.float32, torch.bfloat16, 50_257, softcap=30.0
-    ),
+    **{
+        f"kl {name} and {ref}, {columns}, {rest}": partial(
+            kl_kernels, NAMED[name], NAMED[ref], vocab, softcap=softcap
+        )
+        for name, ref in (("bf16", "bf16"), ("fp32", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"))
+        for columns, vocab in VOCABS.items()
+        for rest, softcap in (("plain", 0.0), ("soft-cap", 30.0))
+    },
     "kl fp16, no entropy": lambda: kl_kernels(torch.float16, torch.float16, 32_000, entropy=False),
     "gae": lambda: gae(64, 512),
     "gae packed, all features": lambda: gae(64, 512, packed=True, features=True),
@@ -254,26 +264,31 @@ def _rows(
 
 
 def kl_of_any_shape() -> Iterator[Launch]:
-    """50 random shapes, slices of a batch beside dense references: only dtype, soft-cap and rows
-    that are multiples of 16 may matter."""
+    """50 random shapes, 5 temperatures, slices of a batch beside dense references: only dtype,
+    soft-cap, entropy and rows that are multiples of 16 may matter."""
     generator = torch.Generator().manual_seed(3)
     for i in range(50):
         batch, steps, sixteens = torch.randint(2, 40, (3,), generator=generator).tolist()
         vocab = 16 * sixteens + (0 if i % 2 == 0 else 1 + i % 15)
-        dtype = (torch.float32, torch.bfloat16)[i // 2 % 2]
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
         logits = torch.empty(batch, steps, vocab, dtype=dtype, device="meta")[:, 1:]
-        yield partial(_kl_rows, logits, i % 3 == 0, (30.0 if i // 4 % 2 else 0.0, -100 + i % 3))
+        tokens = logits[..., 0].numel()
+        temperature = (0.7, 1.0, torch.ones(1), torch.ones(tokens), 3)[i % 5]
+        settings = (30.0 if i // 2 % 2 else 0.0, -100 + i % 3)
+        yield partial(_kl_rows, logits, temperature, settings, i // 4 % 2 == 0)
 
 
-def _kl_rows(logits: Tensor, per_token: bool, settings: tuple[float, int]) -> None:
+def _kl_rows(
+    logits: Tensor, temperature: float | Tensor, settings: tuple[float, int], entropy: bool
+) -> None:
     n = logits[..., 0].numel()
-    numbers = torch.empty(9, n, device="meta")
-    temperature = numbers[0] if per_token else torch.ones(1, device="meta")
     targets = torch.zeros(n + 1, dtype=torch.int64, device="meta")[1:]
+    scale = temperature_tensor("rows", temperature, logits, targets.shape)
     ref_logits, out = logits.contiguous(), logits.contiguous()
-    kl_stats_fwd(logits, ref_logits, targets, temperature, *settings)
-    g, *stats = numbers[1:]
-    kl_dlogits_fwd(out, g, g, g, logits, ref_logits, targets, temperature, *settings, *stats)
+    kl_stats_fwd(logits, ref_logits, targets, scale, *settings)
+    g, *stats = torch.empty(8, n, device="meta")
+    e = g if entropy else None
+    kl_dlogits_fwd(out, g, e, g, logits, ref_logits, targets, scale, *settings, *stats)
 
 
 def gae_of_any_shape() -> Iterator[Launch]:
