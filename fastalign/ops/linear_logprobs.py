@@ -339,7 +339,8 @@ def linear_logprobs(
     op = "linear_logprobs"
     hidden, weight, bias = follow_autocast(hidden, weight, bias)
     check_head(op, hidden, weight, bias)
-    check_targets(op, targets, hidden.shape[:1], hidden.device)
+    vocab = weight.shape[0]
+    check_targets(op, targets, hidden.shape[:1], hidden.device, vocab, ignore_index)
     scale = temperature_tensor(op, temperature, hidden, targets.shape)
     cap = check_softcap(op, softcap)
     grad = torch.is_grad_enabled()

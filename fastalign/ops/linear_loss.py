@@ -240,7 +240,8 @@ def linear_loss(
     inputs = {} if inputs is None else dict(inputs)
     hidden, weight, bias = follow_autocast(hidden, weight, bias)
     check_head(OP, hidden, weight, bias)
-    check_targets(OP, targets, hidden.shape[:1], hidden.device)
+    vocab = weight.shape[0]
+    check_targets(OP, targets, hidden.shape[:1], hidden.device, vocab, ignore_index)
     bounds = None if groups is None else _checked_groups(groups, hidden.shape[0], inputs)
     n_groups = None if bounds is None else _number_of_groups(loss, bounds)
     _check_inputs(inputs, hidden, n_groups)

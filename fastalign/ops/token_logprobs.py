@@ -112,23 +112,10 @@ def dlogits_reference(
     return dz.masked_fill(~kept[:, None], 0.0).to(logits.dtype).reshape(logits.shape)
 
 
-def check_target_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """ValueError unless each target is in [0, V) or ``ignore_index``. Waits for the device."""
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"row_stats: expected targets in [0, {vocab}) or {ignore_index}, "
-            f"got {int(targets[row])} in row {row}"
-        )
-
-
 @torch.library.custom_op("fastalign::row_stats", mutates_args=())
 def row_stats(
     logits: Tensor, targets: Tensor, temperature: Tensor, softcap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if os.environ.get("FASTALIGN_DEBUG") == "1":
-        check_target_values(targets, logits.shape[-1], ignore_index)
     which = choose("row_stats", logits)
     if which == "triton":
         from fastalign.kernels.token_logprobs import row_stats_fwd
@@ -275,12 +262,32 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
 torch.library.register_autograd("fastalign::row_stats", _backward, setup_context=_setup_context)
 
 
-def check_targets(op: str, targets: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """ValueError unless ``targets`` is int64, of this shape, on this device."""
+def check_targets(
+    op: str,
+    targets: Tensor,
+    shape: torch.Size,
+    device: torch.device,
+    vocab: int,
+    ignore_index: int | None,
+) -> None:
+    """ValueError unless ``targets`` is int64, of this shape, on this device; with FASTALIGN_DEBUG=1
+    and outside torch.compile also unless each is in [0, V) or ``ignore_index``: a wait."""
     if targets.shape != shape or targets.dtype != torch.int64 or targets.device != device:
         raise ValueError(
             f"{op}: expected targets of shape {tuple(shape)}, int64, on {device}, "
             f"got shape {tuple(targets.shape)}, {targets.dtype}, on {targets.device}"
+        )
+    if torch.compiler.is_compiling() or os.environ.get("FASTALIGN_DEBUG") != "1":
+        return
+    flat = targets.reshape(-1)
+    wrong = (flat < 0) | (flat >= vocab)
+    if ignore_index is not None:
+        wrong &= flat != ignore_index
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        also = "" if ignore_index is None else f" or {ignore_index}"
+        raise ValueError(
+            f"{op}: expected targets in [0, {vocab}){also}, got {int(flat[row])} in row {row}"
         )
 
 
@@ -352,7 +359,8 @@ def token_logprobs(
         logits: [..., V] float32, bfloat16, float16 or float64.
         targets: [...] int64, in [0, V) or ``ignore_index``. Other values: an error on the CPU, NaN
             on CUDA, where looking at them would make the host wait. The environment variable
-            FASTALIGN_DEBUG=1 makes it look, here and in linear_logprobs and linear_loss.
+            FASTALIGN_DEBUG=1 makes it look, here and in linear_logprobs and linear_loss, outside
+            torch.compile.
         temperature: positive float, or a tensor [...] with one temperature per token.
         ignore_index: rows with this target give logp 0, entropy 0 and gradient 0 whatever their
             logits hold.
@@ -372,7 +380,8 @@ def token_logprobs(
             f"{op}: expected float logits of shape [..., V] with V >= 1, "
             f"got shape {tuple(logits.shape)}, {logits.dtype}"
         )
-    check_targets(op, targets, logits.shape[:-1], logits.device)
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    check_targets(op, targets, shape, logits.device, vocab, ignore_index)
     scale = temperature_tensor(op, temperature, logits, targets.shape)
     # [B, T, V] stays as it is: a slice logits[:, :-1] would be copied whole to become [N, V].
     rows = logits if logits.dim() == 3 else logits.reshape(targets.numel(), logits.shape[-1])
