@@ -42,6 +42,8 @@ BUDGETS = {
     "_fold_kernel": (48, 0),
     "_reduce_scores_kernel": (48, 1_024),
     "_bradley_terry_loss_kernel": (80, 1_024),
+    "_preference_loss_kernel": (80, 16),
+    "_preference_loss_backward_kernel": (48, 0),
 }
 
 

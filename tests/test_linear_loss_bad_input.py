@@ -151,7 +151,7 @@ def test_a_gradient_on_the_host_is_refused() -> None:
 
     targets = torch.zeros(4, dtype=torch.int64, device=META)
     for learned in (False, True):
-        args = (hidden, weight, targets, loss, {"cost": torch.ones((), requires_grad=learned)})
+        args: Any = (hidden, weight, targets, loss, {"cost": torch.ones((), requires_grad=learned)})
         if learned:
             with pytest.raises(ValueError, match="linear_loss: .*'cost' on meta, got cpu"):
                 linear_loss(*args, ignore_index=None)
@@ -175,7 +175,7 @@ def test_debug_names_the_wrong_target(
     if ignore_index is None:
         targets[1] = 0
     monkeypatch.setenv("FASTALIGN_DEBUG", "1")
-    settings = {"ignore_index": ignore_index, "workspace": 2 * ROW}
+    settings: dict[str, Any] = {"ignore_index": ignore_index, "workspace": 2 * ROW}
     with pytest.raises(ValueError, match=f"linear_loss: .*{expected}got {wrong} in row 4"):
         linear_loss(*HEAD, targets, losses.MLE(), **settings)
     with pytest.raises(ValueError, match=f"linear_logprobs: .*{expected}got {wrong} in row 4"):
