@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reward_ensembles import BACKENDS, DTYPES, KERNELS, device_of, make, run
+from reward_ensembles import BACKENDS, DTYPES, KERNELS, compare, device_of, make, run
 
 import fastalign as fa
 from fastalign.ops.reduce_scores import statistic
@@ -24,6 +24,16 @@ def test_one_row_named_by_all_samples(backend: str) -> None:
     truth = run("reference", tuple(x.double() for x in inputs[:3]) + (index,), "uwo")
     assert_no_worse(first[3], run("reference", inputs, "uwo")[3], truth[3], torch.float32, True)
     assert first[3][[0, 2]].abs().max() == 0.0 < first[3][1].abs().max()
+
+
+def test_triton_groups_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with thousands of samples: one program goes through several blocks of rows."""
+    from fastalign.kernels import reward_heads as kernels
+
+    inputs = make(150, 200, 70, 5, torch.float32, device_of("triton"))
+    monkeypatch.setattr(kernels, "PROGRAMS", 15)
+    compare("triton", inputs)
+    compare("triton", (*inputs[:3], None))
 
 
 def test_cpp_gives_the_same_bits_with_any_number_of_threads() -> None:
