@@ -17,6 +17,7 @@ from fastalign.testing import TOLERANCES
 from fastalign.train import apa
 from fastalign.train.experience import Collector, Experience
 from fastalign.train.optim import Optimizer
+from fastalign.train.prompts import choose_prompts
 from fastalign.train.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,11 +108,11 @@ def test_the_reward_stands_on_the_last_token():
 
 def test_prompts_are_used_once_before_any_is_used_again():
     config = apa.APAConfig(prompts_per_step=4, seed=3)
-    chosen = [i for step in range(1, 6) for i in apa.choose_prompts(10, config, step)]
+    chosen = [i for step in range(1, 6) for i in choose_prompts(10, config, step)]
     assert sorted(chosen[:10]) == sorted(chosen[10:]) == list(range(10))
     assert chosen[:10] != chosen[10:]
-    assert chosen[4:8] == apa.choose_prompts(10, config, 2)
-    many = apa.choose_prompts(10, dataclasses.replace(config, prompts_per_step=25), 1)
+    assert chosen[4:8] == choose_prompts(10, config, 2)
+    many = choose_prompts(10, dataclasses.replace(config, prompts_per_step=25), 1)
     assert many[:20] == chosen and len(many) == 25
 
 
@@ -124,7 +125,7 @@ def test_the_order_of_prompts_is_drawn_once_an_epoch(monkeypatch):
         return plain(n, **options)
 
     monkeypatch.setattr(torch, "randperm", counted)
-    apa.choose_prompts(1000, apa.APAConfig(prompts_per_step=700), 2)  # 300 of one, 400 of the next
+    choose_prompts(1000, apa.APAConfig(prompts_per_step=700), 2)  # 300 of one, 400 of the next
     assert drawn == [1000, 1000]
 
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from fastalign import losses, ops
 from fastalign.data import source
 from fastalign.data.packing import Packed, token_budget_batches
-from fastalign.data.tokens import TokenizedPrompt, tokenize_prompts
 from fastalign.models import Policy, RewardEnsemble, load_tokenizer
 from fastalign.models.reward import EnsembleConfig, check_same_tokenizer
 from fastalign.ops.reduce_scores import STATISTICS
@@ -44,6 +43,7 @@ from fastalign.train.evaluate import (
 from fastalign.train.experience import Collector, Experience
 from fastalign.train.moments import RunningMoments
 from fastalign.train.optim import OptimConfig, Optimizer
+from fastalign.train.prompts import choose_prompts, load_prompts
 from fastalign.train.run import (
     Run,
     RunError,
@@ -254,30 +254,6 @@ def update(
     return {name: value / n_updates for name, value in sums.items()}
 
 
-def load_prompts(
-    config: APAConfig, tokenizer: Any, room: int
-) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
-    """Training and held-out prompts of at most `room` tokens."""
-    records, report = source.prompts(config.prompts, config.split, config.lines, config.limit)
-    train = tokenize_prompts(records, tokenizer, report, max_prompt_length=room)
-    log.info("%s", report)
-    held_source = source.held_out(
-        config.prompts, config.eval_prompts, config.eval_split, config.eval_lines
-    )
-    if held_source is None:
-        raise RunError(
-            "nothing to evaluate on: give held-out prompts with --eval_prompts, or a part of "
-            "--prompts with --eval_split or --eval_lines"
-        )
-    held, held_report = source.prompts(
-        held_source, config.eval_split, config.eval_lines, config.eval_limit, held_out=True
-    )
-    source.warn_of_overlap(records, held)
-    test = tokenize_prompts(held, tokenizer, held_report, max_prompt_length=room)
-    log.info("%s", held_report)
-    return train, test
-
-
 def load_reward(config: APAConfig, tokenizer: Any) -> RewardEnsemble:
     """The ensemble with the statistic asked for, on the policy's tokenizer."""
     ensemble = RewardEnsemble.load(config.reward)
@@ -392,14 +368,3 @@ def train(config: APAConfig) -> Path:
         }
         evaluations.write(run.folder, facts)
     return run.folder / "model"
-
-
-def choose_prompts(n_prompts: int, config: APAConfig, step: int) -> list[int]:
-    """The prompts of a step: one shuffled pass over all of them after another."""
-    chosen: list[int] = []
-    first = (step - 1) * config.prompts_per_step
-    while len(chosen) < config.prompts_per_step:
-        epoch, place = divmod(first + len(chosen), n_prompts)
-        order = torch.randperm(n_prompts, generator=stream(config.seed, "prompts", epoch))
-        chosen += order[place : place + config.prompts_per_step - len(chosen)].tolist()
-    return chosen

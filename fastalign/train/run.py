@@ -134,8 +134,6 @@ class Run:
         self.started = time.monotonic()
         self.step = 0
         self._interrupts = 0
-        self._shown: dict[str, float] = {}
-        self._last_line = 0.0
         self._not_finite: set[str] = set()
 
     # --- the loop's side -------------------------------------------------------------------------
@@ -189,7 +187,7 @@ class Run:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(strict_json.dumps(record) + "\n")
         if phase == "train":
-            self._show(step, metrics)
+            self._screen.show(step, metrics)
 
     def end_step(self, step: int) -> None:
         """After every step: the checkpoint that is due, and the stop that was asked for.
@@ -216,34 +214,16 @@ class Run:
             f"the last good checkpoint is {paths[-1]}" if paths else "no checkpoint was written yet"
         )
 
-    # --- the screen ------------------------------------------------------------------------------
+    # --- its beginning and end -------------------------------------------------------------------
 
     def __enter__(self) -> Run:
         if self.config.overwrite:
             clear_folder(self.folder)
         write_config(self.folder, self.config)
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from fastalign.train.screen import Screen
 
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-            disable=not sys.stderr.isatty(),
-            console=_console(),
-        )
-        self._bar.start()
-        self._task = self._bar.add_task(self.command, total=self.total, shown="")
+        self._screen = Screen(self.command, self.total, self.started)
+        self._screen.start()
         self._handler = signal.getsignal(signal.SIGINT)
         if _in_main_thread():
             signal.signal(signal.SIGINT, self._on_interrupt)
@@ -255,7 +235,7 @@ class Run:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._screen.stop()
         if _in_main_thread():
             signal.signal(signal.SIGINT, self._handler)
 
@@ -264,35 +244,6 @@ class Run:
         if self._interrupts > 1:
             raise KeyboardInterrupt
         log.warning("Ctrl-C: finishing this step and writing a checkpoint (again: stop at once)")
-
-    _COLUMNS = {
-        "loss": "loss {:.3f}",
-        "accuracy": "accuracy {:.3f}",
-        "reward/proxy": "reward {:+.3f}",
-        "kl/k1": "KL {:.2f}",
-        "tokens_per_s": "{:,.0f} tok/s",
-    }
-
-    def _show(self, step: int, metrics: dict[str, float]) -> None:
-        shown = "  ".join(
-            form.format(metrics[key]) for key, form in self._COLUMNS.items() if key in metrics
-        )
-        self._bar.update(self._task, completed=step, shown=shown)
-        # Without a terminal (a log file) a line every few seconds takes the bar's place.
-        if self._bar.disable and (time.monotonic() - self._last_line > 5 or step == self.total):
-            self._last_line = time.monotonic()
-            elapsed = self._last_line - self.started
-            print(
-                f"{self.command} {step}/{self.total}  {elapsed:.0f}s  {shown}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def _in_main_thread() -> bool:
