@@ -7,8 +7,9 @@ test a failure unless it is marked gpu, data or peers.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,17 @@ def train_road(folder: Path) -> None:
             sampling=SamplingConfig(max_new_tokens=12),
         )
     )
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Writes records (a str as it stands) as JSON lines; the path."""
+
+    def write(*records: Any, name: str = "data.jsonl") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(path)
+
+    return write
