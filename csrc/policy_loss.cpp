@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -28,6 +29,7 @@ struct LossForm {
   LossKind kind;
   KlKind kl;
   float scale, lower, upper, most, kl_coef, entropy_coef, vf_coef, value_clip;
+  float share;  // factor of every slope: one over the divisor
 };
 
 // What is absent is null.
@@ -111,7 +113,7 @@ std::vector<double> run(const LossTokens& t, const LossForm& f, const float* sca
   const int64_t n_blocks = (n + kTokensPerBlock - 1) / kTokensPerBlock;
   const int64_t per = n_scales > 0 ? n / n_scales : 1;
   std::vector<double> partials(n_blocks * kColumns, 0.0), sums(kColumns, 0.0);
-  torch::stable::parallel_for(0, n_blocks, 16, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, n_blocks, 8, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * kTokensPerBlock;
       block_of_tokens(t, f, scale, per, begin, std::min(n, begin + kTokensPerBlock), &partials[block * kColumns]);
@@ -123,32 +125,52 @@ std::vector<double> run(const LossTokens& t, const LossForm& f, const float* sca
   return sums;
 }
 
+// How many of the n tokens the mask keeps: sums of bytes in the bytes of a word, which hold up to 255.
+int64_t kept_tokens(const bool* mask, int64_t n) {
+  int64_t count = 0, i = 0;
+  while (i + 8 <= n) {
+    const int64_t stop = std::min(n - 7, i + 8 * 255);
+    uint64_t sums = 0;
+    for (; i < stop; i += 8) {
+      uint64_t word;
+      std::memcpy(&word, mask + i, 8);
+      sums += word;
+    }
+    const uint64_t pairs = (sums & 0x00ff00ff00ff00ffu) + (sums >> 8 & 0x00ff00ff00ff00ffu);
+    count += static_cast<int64_t>(pairs * 0x0001000100010001u >> 48);
+  }
+  for (; i < n; ++i) count += mask[i];
+  return count;
+}
+
 LossForm form_of(int64_t kind, int64_t kl, double scale, double lower, double upper, double most, double kl_coef,
-                 double entropy_coef, double vf_coef, double value_clip) {
+                 double entropy_coef, double vf_coef, double value_clip, double divisor) {
   const auto narrow = [](double x) { return static_cast<float>(x); };
   return {static_cast<LossKind>(kind), static_cast<KlKind>(kl), narrow(scale), narrow(lower), narrow(upper),
-          narrow(most), narrow(kl_coef), narrow(entropy_coef), narrow(vf_coef), narrow(value_clip)};
+          narrow(most), narrow(kl_coef), narrow(entropy_coef), narrow(vf_coef), narrow(value_clip),
+          narrow(1.0 / divisor)};
 }
 
 Tensor floats_like(const Tensor& like, int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); }
 
 float* data(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-// total, statistics (sums of the first three columns, means of the others), dlogp, dentropy, dvalues; a gradient that
-// nobody needs is empty.
+// total, statistics (sums of the first three columns, means of the others), dlogp, dentropy, dvalues, with sums (but the
+// count) and gradients over the divisor, 0 meaning the tokens that count; a gradient that nobody needs is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_cpu(
     int64_t kind, int64_t kl, double scale, double lower, double upper, double most, double kl_coef,
     double entropy_coef, double vf_coef, double value_clip, const Maybe& logp, const Maybe& entropy,
     const Maybe& advantages, const Maybe& old_logp, const Maybe& ref_logp, const Maybe& weights,
     const Maybe& log_ratio, const Maybe& values, const Maybe& returns, const Maybe& old_values, const Maybe& mask,
-    const Maybe& token_scale) {
+    const Maybe& token_scale, double divisor) {
   const Inputs in(logp, entropy, advantages, old_logp, ref_logp, weights, log_ratio, values, returns, old_values, mask,
                   token_scale);
-  const LossForm form =
-      form_of(kind, kl, scale, lower, upper, most, kl_coef, entropy_coef, vf_coef, value_clip);
   const Tensor& like = in.leading();
   const int64_t n = like.numel();
   LossTokens t = in.tokens();
+  if (divisor == 0.0) divisor = std::max<int64_t>(1, t.mask ? kept_tokens(t.mask, n) : n);
+  const LossForm form =
+      form_of(kind, kl, scale, lower, upper, most, kl_coef, entropy_coef, vf_coef, value_clip, divisor);
   Tensor dlogp = floats_like(like, t.logp ? n : 0);
   Tensor dentropy = floats_like(like, form.entropy_coef != 0.0f ? n : 0);
   Tensor dvalues = floats_like(like, t.values ? n : 0);
@@ -161,11 +183,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_cpu(
 
   Tensor total = torch::stable::new_empty(like, {}, ScalarType::Float);
   Tensor statistics = floats_like(like, kColumns);
-  *data(total) = static_cast<float>(sums[fastalign::kPolicy] + vf_coef * sums[fastalign::kValue]);
+  // Divided as tensors would be afterwards: a caller that cannot give the divisor gets the same bits.
+  const float last = static_cast<float>(divisor);
+  *data(total) = static_cast<float>(sums[fastalign::kPolicy] + vf_coef * sums[fastalign::kValue]) / last;
   const double count = std::max(1.0, sums[fastalign::kCount]);
   for (int64_t column = 0; column < kColumns; ++column) {
-    const bool is_mean = column > fastalign::kCount;
-    data(statistics)[column] = static_cast<float>(is_mean ? sums[column] / count : sums[column]);
+    const float sum = static_cast<float>(column > fastalign::kCount ? sums[column] / count : sums[column]);
+    data(statistics)[column] = column < fastalign::kCount ? sum / last : sum;
   }
   return {total, statistics, dlogp, dentropy, dvalues};
 }
@@ -177,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_terms_cpu(
     const Maybe& ref_logp, const Maybe& weights) {
   const Maybe none;
   const Inputs in(logp, entropy, advantages, old_logp, ref_logp, weights, none, none, none, none, none, none);
-  const LossForm form = form_of(kind, kl, scale, lower, upper, most, kl_coef, entropy_coef, 0.0, 0.0);
+  const LossForm form = form_of(kind, kl, scale, lower, upper, most, kl_coef, entropy_coef, 0.0, 0.0, 1.0);
   const Tensor& like = in.leading();
   LossTokens t = in.tokens();
   Tensor losses = floats_like(like, like.numel()), dlogp = floats_like(like, like.numel());
@@ -196,7 +220,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign_cpp, m) {
       "policy_loss(int kind, int kl, float scale, float lower, float upper, float most, float kl_coef, "
       "float entropy_coef, float vf_coef, float value_clip, Tensor? logp, Tensor? entropy, Tensor? advantages, "
       "Tensor? old_logp, Tensor? ref_logp, Tensor? weights, Tensor? log_ratio, Tensor? values, Tensor? returns, "
-      "Tensor? old_values, Tensor? mask, Tensor? token_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? old_values, Tensor? mask, Tensor? token_scale, float divisor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "policy_loss_terms(int kind, int kl, float scale, float lower, float upper, float most, float kl_coef, "
       "float entropy_coef, Tensor logp, Tensor? entropy, Tensor? advantages, Tensor? old_logp, Tensor? ref_logp, "

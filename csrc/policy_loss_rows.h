@@ -129,10 +129,10 @@ void policy_loss_of_kind(const LossTokens& t, const LossForm& f, const float* sc
         const Lanes entropy = get(t.entropy);
         policy -= f.entropy_coef * entropy;
         add(kEntropy, entropy);
-        if (t.dentropy) store_lanes(t.dentropy + i, kept ? -f.entropy_coef * scale : Lanes{}, n);
+        if (t.dentropy) store_lanes(t.dentropy + i, kept ? -f.entropy_coef * scale * f.share : Lanes{}, n);
       }
       if (t.losses) store_lanes(t.losses + i, policy, n);
-      store_lanes(t.dlogp + i, kept ? slope * scale : Lanes{}, n);
+      store_lanes(t.dlogp + i, kept ? slope * scale * f.share : Lanes{}, n);
       add(kPolicy, policy * scale);
       add(kRatio, ratio);
       add(kClipped, clipped ? broadcast(1.0f) : Lanes{});
@@ -154,7 +154,7 @@ void policy_loss_of_kind(const LossTokens& t, const LossForm& f, const float* sc
         add(kValueClipped, held ? broadcast(1.0f) : Lanes{});
       }
       add(kValue, 0.5f * worst * worst * scale);
-      store_lanes(t.dvalues + i, kept ? f.vf_coef * slope * scale : Lanes{}, n);
+      store_lanes(t.dvalues + i, kept ? f.vf_coef * slope * scale * f.share : Lanes{}, n);
     }
   }
   for (int64_t column = 0; column < kColumns; ++column) sums[column] += sum_of(sum[column]);

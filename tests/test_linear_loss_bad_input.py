@@ -18,7 +18,6 @@ META = "meta"  # a device that is not the host's
 
 def bad_cases() -> dict[str, tuple[dict[str, Any], str]]:
     learned = torch.ones((), requires_grad=True)
-    ratios = {"advantages": torch.ones(4), "old_logp": torch.zeros(4)}
     return {
         "mean": (dict(loss=lambda p, h: p.mean()), r"per token, shape \(4,\), got \(\)"),
         "not a tensor": (dict(loss=lambda p, h: 1.0), "per token.*got float"),
@@ -46,11 +45,6 @@ def bad_cases() -> dict[str, tuple[dict[str, Any], str]]:
             dict(loss=losses.MLE(), inputs={"weights": torch.ones(4, requires_grad=True)}),
             "MLE has no gradient in its inputs; weights requires grad",
         ),
-        "sequences": (
-            dict(loss=losses.GRPO("grpo"), inputs=ratios),
-            "whose tokens count alike.*averages every sequence first",
-        ),
-        "sum": (dict(loss=losses.GRPO("dr_grpo"), inputs=ratios), "expected a normalizer with"),
         "learned normalizer": (dict(normalizer=learned), "normalizer has no gradient"),
         "reference dtype": (
             dict(ref_hidden=torch.zeros(4, 5).double(), ref_weight=torch.zeros(7, 5).double()),

@@ -150,7 +150,7 @@ def test_a_loss_may_change_its_arguments_in_place(
 
     class Doubles:
         required = tuple(inputs)
-        optional = ("ref_logp", "kl")
+        optional = ("ref_logp", "kl", "cu_seqlens")
 
         def __init__(self, in_place: bool) -> None:
             self.in_place = in_place

@@ -23,6 +23,7 @@ N, H, V = 512, 16, 300
 ROW = 4 * V
 GROUPS = [0, 100, 512]
 PAIRS = [0, 30, 100, 130, 512]
+EXACT = losses.PPO(kl_coef=0.1, kl_kind="exact")
 GSPO = losses.GRPO("gspo", kl_coef=0.1, entropy_coef=0.01)
 
 
@@ -42,12 +43,15 @@ OBJECTS: dict[str, Any] = {
     "mle": losses.MLE(),
     "apa": losses.APA(0.1),
     "awr": losses.AWR(0.5, weight_cap=20.0),
+    "rwr": losses.RWR(0.5),
     "ppo": losses.PPO(dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01),
     "dapo": losses.GRPO("dapo", kl_coef=0.1, kl_kind="k2"),
     "cispo": losses.GRPO("cispo"),
 }
 CASES: dict[str, dict[str, Any]] = {
     **{name: dict(loss=loss) for name, loss in OBJECTS.items()},
+    "sequence mean": dict(loss=losses.GRPO(), groups=GROUPS, workspace=50 * ROW),
+    "exact KL": dict(loss=EXACT, ref=True, workspace=200 * ROW),
     "gspo": dict(loss=GSPO, groups=GROUPS, workspace=450 * ROW),
     "gspo, two stages": dict(loss=GSPO, groups=GROUPS, workspace=200 * ROW),
     **{
@@ -86,7 +90,7 @@ def inputs_of(loss: Any, device: str, ref: bool, on_host: bool) -> dict[str, Ten
         return {"advantages": vector(), "scale": scale}
     if loss is per_group:
         return {"advantages": vector()}
-    names = {*loss.required, *loss.optional, "old_logp", "ref_logp"} - {"cu_seqlens"}
+    names = {*loss.required, *loss.optional, "old_logp", "ref_logp"} - {"cu_seqlens", "kl"}
     flags = {"chosen_is_ref": 2, "desirable": 4}
     inputs = {name: vector() for name in names if not (ref and name == "ref_logp")}
     for name in names & {*flags}:

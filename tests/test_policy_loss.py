@@ -341,15 +341,13 @@ def test_compiles_whole_with_gradients(name: str) -> None:
 
 
 def test_gspo_through_the_loss_head() -> None:
-    """linear_loss with groups, one loss per group, is linear_logprobs and this op."""
+    """linear_loss with groups, one of them empty, is linear_logprobs and this op."""
     hidden, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8)
     targets, offsets = torch.randint(50, (30,)), torch.tensor([0, 12, 12, 30])
     logp, entropy = fa.ops.linear_logprobs(hidden, weight, targets, return_entropy=True)
     inputs = {"old_logp": logp.detach() + 0.05 * torch.randn(30), "advantages": torch.randn(30)}
     inputs["ref_logp"] = logp.detach() + 0.1 * torch.randn(30)
-    one, _ = policy_loss(
-        GSPO, logp, inputs, entropy=entropy, cu_seqlens=offsets, reduction="sum", normalizer=3
-    )
+    one, _ = policy_loss(GSPO, logp, inputs, entropy=entropy, cu_seqlens=offsets)
     other = fa.ops.linear_loss(hidden, weight, targets, GSPO, inputs, groups=offsets)
     assert one.item() == pytest.approx(other.loss.item(), rel=1e-5)
     slopes = [torch.autograd.grad(x, hidden, retain_graph=True)[0] for x in (one, other.loss)]

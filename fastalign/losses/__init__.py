@@ -6,9 +6,10 @@
 ``logp`` holds the log-probabilities in nats of the tokens that were chosen, ``entropy`` the
 entropies in nats of the distributions they were drawn from (None where the loss has no entropy
 term). ``inputs`` are named tensors of the shape of ``logp``; they are constants, the gradient flows
-to ``logp`` and ``entropy`` only. ``required`` and ``optional`` say which names an object takes. The
-caller sums or averages; so any callable of this form is a loss. ``loss.statistics``, of the same
-form, gives tensors of one number per token to average and log: ratios, clip fractions, weights.
+to ``logp`` and ``entropy`` only (and to ``kl``, a token's exact KL, where a loss takes it).
+``required`` and ``optional`` say which names an object takes. The caller sums or averages; so any
+callable of this form is a loss. ``loss.statistics``, of the same form, gives tensors of one number
+per token to average and log: ratios, clip fractions, weights.
 
 A loss that couples the tokens of a sequence (GRPO's gspo) also takes ``cu_seqlens`` and returns one
 value per sequence. So do the preference losses DPO, RPO, XPO and SimPO, of one value per pair of
@@ -25,6 +26,7 @@ from fastalign.losses.grpo import GRPO
 from fastalign.losses.mle import MLE
 from fastalign.losses.ppo import PPO
 from fastalign.losses.preference import DPO, KTO, RPO, XPO, SimPO
+from fastalign.losses.rwr import RWR
 from fastalign.losses.value import ValueLoss
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "MLE",
     "PPO",
     "RPO",
+    "RWR",
     "SimPO",
     "ValueLoss",
     "XPO",

@@ -1,4 +1,4 @@
-"""Advantage-weighted and reward-weighted regression."""
+"""Advantage-weighted regression."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class AWR:
         loss = -w * logp            dloss/dlogp = -w
 
     With rewards in place of advantages (no baseline; standardise them first) this is
-    reward-weighted regression. Without normalisation the weights average to more than 1; few large
-    ones can carry the whole gradient, which ``effective_sample_size`` of the weights shows.
+    reward-weighted regression, see ``RWR``. Without normalisation the weights average to more than
+    1; few large ones can carry the whole gradient, which ``effective_sample_size`` shows.
     ``weight_cap`` None leaves them free, up to infinity.
 
     Inputs: ``advantages``.
 
     Source: Peng et al., "Advantage-Weighted Regression", arXiv 1910.00177 (whose cap is 20, beta
-    0.05); Peters and Schaal, "Reinforcement learning by reward-weighted regression", ICML 2007.
+    0.05).
     """
 
     beta: float
@@ -65,17 +65,24 @@ class AWR:
         return torch.exp(scaled)
 
 
-def effective_sample_size(weights: Tensor) -> Tensor:
+def effective_sample_size(weights: Tensor, *, logs: bool = False) -> Tensor:
     """(sum w)^2 / sum w^2, 0-d: how many equal weights would have this variance; 0 for no weights.
 
     Args:
-        weights: any shape, not negative.
+        weights: any shape, not negative. Infinite ones count as equal, finite ones beside them as
+            0.
+        logs: ``weights`` are log w: no w is too large then.
 
     Source: Kish, "Survey Sampling", 1965.
     """
     w = wide(weights.detach())
+    if w.numel() == 0:
+        return w.new_zeros(())
     # Relative to the largest: squares of large weights would overflow.
-    most = w.max() if w.numel() else w.new_zeros(())
-    w = w / torch.where(most > 0.0, most, 1.0)
+    most = w.max()
+    if logs:
+        w = torch.exp(w - torch.where(most > -math.inf, most, 0.0))
+    else:
+        w = torch.where(most < math.inf, w / torch.where(most > 0.0, most, 1.0), w == most)
     squares = w.square().sum()
     return torch.where(squares > 0.0, w.sum().square() / squares, 0.0)

@@ -13,6 +13,7 @@ from fastalign.losses.ratio import (
     bounded,
     check_coefficients,
     is_clipped,
+    kl_inputs,
     log_band,
     ratio,
     regularised,
@@ -53,10 +54,12 @@ class GRPO:
 
     gspo couples the tokens of a sequence: it takes ``cu_seqlens`` [S + 1] and returns one loss per
     sequence, [S], 0 for an empty one; there ``kl`` and ``entropy`` are means over the sequence's
-    tokens, and ``advantages`` may be [S] (of [N] the sequence's mean counts). The others return one
-    loss per token.
+    tokens, and ``advantages`` may be [S] (of [N] the sequence's mean counts). Where S = N each
+    sequence must have one token, so that both readings agree: anything else is refused. The other
+    variants return one loss per token.
 
-    Inputs: ``old_logp``, ``advantages``; ``ref_logp`` when kl_coef > 0; ``cu_seqlens`` for gspo.
+    Inputs: ``old_logp``, ``advantages``; when kl_coef > 0 ``ref_logp``, or ``kl`` for kl_kind
+    "exact"; ``cu_seqlens`` for gspo.
 
     Source: grpo: Shao et al., arXiv 2402.03300 (whose kl_coef is 0.04); dr_grpo: Liu et al.,
     2503.20783; dapo: Yu et al., 2503.14476; cispo: MiniMax-M1, 2506.13585; gspo: Zheng et al.,
@@ -86,12 +89,12 @@ class GRPO:
 
     @property
     def required(self) -> tuple[str, ...]:
-        names = ("old_logp", "advantages") + (("ref_logp",) if self.kl_coef > 0.0 else ())
+        names = ("old_logp", "advantages", *kl_inputs(self))
         return names + (("cu_seqlens",) if self.per_sequence else ())
 
     @property
     def optional(self) -> tuple[str, ...]:
-        return () if self.kl_coef > 0.0 else ("ref_logp",)
+        return () if "ref_logp" in kl_inputs(self) else ("ref_logp",)
 
     @property
     def per_sequence(self) -> bool:
@@ -117,7 +120,7 @@ class GRPO:
         self, logp: Tensor, entropy: Tensor | None = None, **inputs: Tensor | None
     ) -> Tensor:
         found, offsets = self._inputs(logp, inputs)
-        logp, ref_logp = wide(logp), found.get("ref_logp")
+        logp = wide(logp)
         log_ratio, advantages = logp - found["old_logp"], found["advantages"]
         if offsets is not None:
             log_ratio = sequence_mean(log_ratio, offsets)
@@ -128,10 +131,9 @@ class GRPO:
             policy = -weights * advantages * logp
         else:
             policy = -torch.exp(bounded(log_ratio, advantages, self.band)) * advantages
-        rest = (self.kl_coef, self.kl_kind, self.entropy_coef)
         if offsets is None:
-            return regularised("GRPO", policy, logp, ref_logp, entropy, *rest)
-        terms = regularised("GRPO", torch.zeros_like(logp), logp, ref_logp, entropy, *rest)
+            return regularised(self, policy, logp, found, entropy)
+        terms = regularised(self, torch.zeros_like(logp), logp, found, entropy)
         empty = offsets.diff() == 0
         return policy.masked_fill(empty, 0.0) + sequence_mean(terms, offsets)
 
@@ -171,7 +173,28 @@ class GRPO:
         names = tuple(name for name in self.required if name != "cu_seqlens")
         sequences = offsets.shape[0] - 1
         found = constants(self, logp, rest, names, self.optional, sequences)
+        check_reading("GRPO", found["advantages"], logp, offsets)
         return found, offsets
+
+
+def check_reading(op: str, advantages: Tensor, logp: Tensor, cu_seqlens: Tensor) -> None:
+    """ValueError where advantages [S = N] could be one per token or one per sequence.
+
+    With one token in every sequence the two readings agree. On other devices than the CPU, and
+    while compiling, the check is one that does not wait: a device-side assertion.
+    """
+    if not advantages.shape == logp.shape == (cu_seqlens.shape[0] - 1,):
+        return
+    expected = (
+        f"{op}: expected sequences of one token each where there are as many as tokens, S = N = "
+        f"{len(logp)}: nothing else tells whether advantages are one per token or one per "
+        "sequence; leave the empty sequences out"
+    )
+    single = (cu_seqlens.diff() == 1).all()
+    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
+        torch._assert_async(single, expected)
+    elif not single:
+        raise ValueError(f"{expected}; got lengths {cu_seqlens.diff().tolist()[:8]}")
 
 
 def sequence_of_token(cu_seqlens: Tensor, n_tokens: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""What the loss objects ask of their inputs: names, shapes, precision; they are constants."""
+"""What the loss objects ask of their inputs: names, shapes, precision; they are constants, but for
+``kl``, which is a function of the policy as logp is."""
 
 from __future__ import annotations
 
@@ -21,32 +22,33 @@ def constants(
     optional: tuple[str, ...] = (),
     sequences: int | None = None,
 ) -> dict[str, Tensor]:
-    """The inputs that were given, detached and wide; ValueError where they do not fit.
+    """The inputs that were given, detached (not kl) and wide; ValueError where they do not fit.
 
     ``sequences``: their number, where advantages may also be one for each sequence.
     """
-    name = type(loss).__name__
     missing = [key for key in required if inputs.get(key) is None]
     if missing:
-        raise ValueError(f"{name}: missing inputs: {', '.join(missing)}")
-    unknown = [key for key in inputs if key not in required + optional]
-    if unknown:
-        raise ValueError(
-            f"{name}: unknown inputs: {', '.join(unknown)}; "
-            f"it takes {', '.join(required + optional)}"
-        )
-    found = {}
+        hint = "; linear_loss makes it, given ref_hidden and ref_weight" if "kl" in missing else ""
+        raise ValueError(f"{_name(loss)}: missing inputs: {', '.join(missing)}{hint}")
+    found, shape = {}, logp.shape
     for key, tensor in inputs.items():
+        if key not in required and key not in optional:
+            raise ValueError(
+                f"{_name(loss)}: unknown inputs: {key}; it takes {', '.join(required + optional)}"
+            )
         if tensor is None:
             continue
-        shared = key == "advantages" and tensor.shape == (sequences,)
-        if tensor.shape != logp.shape and not shared:
+        if tensor.shape != shape and not (key == "advantages" and tensor.shape == (sequences,)):
             raise ValueError(
-                f"{name}: expected {key} of the shape of logp, {tuple(logp.shape)}, "
+                f"{_name(loss)}: expected {key} of the shape of logp, {tuple(shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
-        found[key] = wide(tensor.detach())
+        found[key] = wide(tensor if key == "kl" else tensor.detach())
     return found
+
+
+def _name(loss: object) -> str:
+    return type(loss).__name__
 
 
 def require(condition: bool, loss: object, expected: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,14 +17,14 @@ class MLE:
         loss = -w * logp            dloss/dlogp = -w
 
     Supervised fine-tuning without weights; filtering with weights 0 and 1; return-conditioned
-    fine-tuning, where the reward stands in the prompt as text; reward-weighted regression with w =
-    exp(reward / beta), which ``AWR`` forms itself when given the rewards as advantages.
+    fine-tuning, where the reward stands in the prompt as text; reward-weighted regression, see
+    ``RWR``, which makes the weights.
 
     Inputs: ``weights`` w, optional (1 without it).
     """
 
-    required = ()
-    optional = ("weights",)
+    required: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __call__(
         self, logp: Tensor, entropy: Tensor | None = None, **inputs: Tensor | None

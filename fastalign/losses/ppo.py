@@ -12,6 +12,7 @@ from fastalign.losses.ratio import (
     bounded,
     check_coefficients,
     is_clipped,
+    kl_inputs,
     log_band,
     ratio,
     regularised,
@@ -30,11 +31,14 @@ class PPO:
         dloss/dlogp = -ratio * A where no bound is active, else 0,
                       + kl_coef * dkl/dlogp;    dloss/dentropy = -entropy_coef
 
-    kl is k1 = logp - ref_logp, k2 = k1^2 / 2 or k3 = exp(-k1) - 1 + k1 (``kl_kind``).
+    kl is k1 = logp - ref_logp, k2 = k1^2 / 2 or k3 = exp(-k1) - 1 + k1 (``kl_kind``), which know of
+    the token drawn only; or with "exact" the input ``kl`` itself, KL(policy || reference) over the
+    whole vocabulary, as linear_loss makes it of the reference's hidden states: dloss/dkl = kl_coef.
     ``clip_high`` None means ``clip``. Log-ratios above 20 count as 20: the loss stays finite
     whatever the inputs, with gradient 0 from there on.
 
-    Inputs: ``old_logp``, ``advantages``; ``ref_logp`` when kl_coef > 0.
+    Inputs: ``old_logp``, ``advantages``; when kl_coef > 0 ``ref_logp``, or ``kl`` for "exact" (the
+    only input with a gradient).
 
     Source: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347, equation
     7; dual clip: Ye et al., arXiv 1912.09729, equation 5; clip_high: Yu et al., arXiv 2503.14476.
@@ -60,11 +64,11 @@ class PPO:
 
     @property
     def required(self) -> tuple[str, ...]:
-        return ("old_logp", "advantages") + (("ref_logp",) if self.kl_coef > 0.0 else ())
+        return ("old_logp", "advantages", *kl_inputs(self))
 
     @property
     def optional(self) -> tuple[str, ...]:
-        return () if self.kl_coef > 0.0 else ("ref_logp",)
+        return () if "ref_logp" in kl_inputs(self) else ("ref_logp",)
 
     def __call__(
         self, logp: Tensor, entropy: Tensor | None = None, **inputs: Tensor | None
@@ -73,16 +77,7 @@ class PPO:
         logp, advantages = wide(logp), found["advantages"]
         band = log_band(self.clip, self.clip_high, self.dual_clip)
         policy = -torch.exp(bounded(logp - found["old_logp"], advantages, band)) * advantages
-        return regularised(
-            "PPO",
-            policy,
-            logp,
-            found.get("ref_logp"),
-            entropy,
-            self.kl_coef,
-            self.kl_kind,
-            self.entropy_coef,
-        )
+        return regularised(self, policy, logp, found, entropy)
 
     def statistics(
         self, logp: Tensor, entropy: Tensor | None = None, **inputs: Tensor | None

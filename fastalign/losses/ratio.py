@@ -10,7 +10,8 @@ distance from the policy that sampled the tokens a ratio says nothing any more.)
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from fastalign.losses.inputs import require, wide
 
 MAX_LOG_RATIO = 20.0
 KL_KINDS = ("k1", "k2", "k3")
+# A KL that comes as a number for each token, over the whole vocabulary, with a gradient.
+EXACT = "exact"
 
 
 class Band(NamedTuple):
@@ -95,26 +98,51 @@ def check_coefficients(
         dual_clip is None or 1.0 < dual_clip < math.inf, loss, "dual_clip > 1 and finite, or None"
     )
     require(0.0 <= kl_coef < math.inf, loss, "kl_coef >= 0 and finite")
-    require(kl_kind in KL_KINDS, loss, f"kl_kind to be one of {', '.join(KL_KINDS)}")
+    kinds = (*KL_KINDS, EXACT)
+    require(kl_kind in kinds, loss, f"kl_kind to be one of {', '.join(kinds)}")
     require(math.isfinite(entropy_coef), loss, "a finite entropy_coef")
 
 
+class Regularised(Protocol):
+    """A loss with a KL and an entropy term."""
+
+    @property
+    def kl_coef(self) -> float: ...
+
+    @property
+    def kl_kind(self) -> str: ...
+
+    @property
+    def entropy_coef(self) -> float: ...
+
+
+def kl_inputs(loss: Regularised) -> tuple[str, ...]:
+    """What the KL term needs: the reference's log-probs, the KL itself, or nothing."""
+    if loss.kl_coef == 0.0:
+        return ()
+    return ("kl",) if loss.kl_kind == EXACT else ("ref_logp",)
+
+
+def exact_kl_coef(loss: object) -> float:
+    """dloss/dkl of a loss that takes ``kl``, 0 of any other."""
+    return getattr(loss, "kl_coef", 0.0) if getattr(loss, "kl_kind", None) == EXACT else 0.0
+
+
 def regularised(
-    name: str,
+    loss: Regularised,
     policy: Tensor,
     logp: Tensor,
-    ref_logp: Tensor | None,
+    found: Mapping[str, Tensor],
     entropy: Tensor | None,
-    kl_coef: float,
-    kl_kind: str,
-    entropy_coef: float,
 ) -> Tensor:
     """policy + kl_coef * kl - entropy_coef * entropy, the terms whose coefficient is not 0."""
-    if kl_coef > 0.0:
-        assert ref_logp is not None
-        policy = policy + kl_coef * kl(logp, ref_logp, kl_kind)
-    if entropy_coef != 0.0:
+    if loss.kl_coef > 0.0:
+        exact = loss.kl_kind == EXACT
+        term = found["kl"] if exact else kl(logp, found["ref_logp"], loss.kl_kind)
+        policy = policy + loss.kl_coef * term
+    if loss.entropy_coef != 0.0:
         if entropy is None:
+            name = type(loss).__name__
             raise ValueError(f"{name}: missing inputs: entropy (entropy_coef is not 0)")
-        policy = policy - entropy_coef * wide(entropy)
+        policy = policy - loss.entropy_coef * wide(entropy)
     return policy

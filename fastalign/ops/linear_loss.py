@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastalign.losses.ratio import exact_kl_coef
 from fastalign.ops.linear_logprobs import linear_logprobs_reference
 from fastalign.ops.linear_loss_call import FROM_REFERENCE, Loss, accepted, sequences_per_value
 from fastalign.ops.linear_loss_walk import Call, Reference, Walk
 from fastalign.ops.policy_loss_terms import fused
+from fastalign.ops.policy_reduce import REDUCTIONS
 from fastalign.ops.slab import (
     IGNORE_NOTHING,
     check_head,
@@ -166,6 +168,7 @@ def linear_loss(
     ignore_index: int | None = -100,
     normalizer: float | Tensor | None = None,
     groups: Tensor | Sequence[int] | None = None,
+    reduction: str | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
@@ -192,25 +195,31 @@ def linear_loss(
             loss on CUDA.
         loss: any callable ``loss(logp, entropy, **inputs)`` in plain PyTorch. logp and entropy are
             [C] for the C kept rows of the slab at hand; it returns one value per row, [C]. With
-            ``groups`` it also receives ``cu_seqlens`` [g + 1], int64, the bounds of the slab's g
-            groups among those C rows (a group whose rows are all ignored is empty), and returns one
-            value per group, [g]. All that requires grad must come through ``inputs``. A loss object
-            on pairs (DPO and its relatives) receives the bounds of both sequences of each pair.
-        inputs: tensors with leading dimension N (cut like the rows), with ``groups`` also of
-            leading dimension G (cut like the groups; N wins when both are equal), 0-d tensors and
-            plain values. The loss gets copies of the tensors and may change them in place. All are
-            on the device of ``hidden``, but for 0-d constants.
+            ``groups`` a loss that takes ``cu_seqlens`` receives it, [g + 1], int64, the bounds of
+            the slab's g groups among those C rows (a group whose rows are all ignored is empty),
+            and returns one value per group, [g]; a loss that does not take it stays one per row.
+            All that requires grad must come through ``inputs``. A loss object on pairs (DPO and its
+            relatives) receives the bounds of both sequences of each pair.
+        inputs: tensors with leading dimension N (cut like the rows), for a loss per group also of
+            leading dimension G (cut like the groups), 0-d tensors and plain values. Where G = N
+            every group must be one row, and they are cut like the rows: anything else is refused,
+            as nothing tells which is meant. The loss gets copies of the tensors and may change them
+            in place. All are on the device of ``hidden``, but for 0-d constants.
         bias: [V], same dtype.
         temperature: positive float, or a tensor [N] with one temperature per token.
         softcap: c of c * tanh(z / c), applied before the temperature; None for none.
         ignore_index: rows with this target are dropped before the first product. Counting them
             makes the host wait once for a CUDA device; ``None`` drops nothing.
-        normalizer: number or 0-d tensor; default: the number of rows kept (of groups, with
-            ``groups``).
-        groups: cu_seqlens [G + 1], integers from 0 to N, not falling. Read by the host: one wait
-            when it is a CUDA tensor, none for a list or a tensor on the CPU. With a loss object on
-            pairs [2G + 1], the bounds of the sequences: chosen, rejected, chosen, ...; slabs hold
-            whole pairs.
+        normalizer: number or 0-d tensor to divide by in place of the reduction's own.
+        groups: cu_seqlens [G + 1], integers from 0 to N, not falling: the groups of a loss per
+            group, the sequences of a "sequence_mean". Read by the host: one wait when it is a CUDA
+            tensor, none for a list or a tensor on the CPU. With a loss object on pairs [2G + 1],
+            the bounds of the sequences: chosen, rejected, chosen, ...; slabs hold whole pairs.
+        reduction: as in ``policy_loss``, over the rows kept. "token_mean": the sum over the number
+            of rows. "sequence_mean": each row counts 1 / (rows of its sequence), and the sum is
+            divided by the number of sequences that have any; a loss per group: the mean over those
+            groups (the others are left out). "sum": divided by 1. None: the loss's own
+            (``loss.reduction``, where it has one), else the mean over rows, or over all groups.
         ref_hidden, ref_weight, ref_bias: [N, H'], [V, H'] and [V] of a frozen reference model, H'
             of any size. Its logits are computed slab by slab beside the policy's (one more product)
             at the same temperature and soft-cap, and the loss receives ``kl`` [C], the exact
@@ -243,13 +252,18 @@ def linear_loss(
     vocab = weight.shape[0]
     check_targets(OP, targets, hidden.shape[:1], hidden.device, vocab, ignore_index)
     bounds = None if groups is None else _checked_groups(groups, hidden.shape[0], inputs)
-    n_groups = None if bounds is None else _number_of_groups(loss, bounds)
-    _check_inputs(inputs, hidden, n_groups)
+    n_groups = None
+    if bounds is not None and accepted(loss, "cu_seqlens"):
+        n_groups = _number_of_groups(loss, bounds)
+    _check_inputs(inputs, hidden, n_groups, bounds)
+    if reduction is None:
+        reduction = getattr(loss, "reduction", None)
+    _check_reduction(loss, reduction, bounds is not None, n_groups is not None)
     grad = torch.is_grad_enabled()
     learned = tuple(
         name for name, x in inputs.items() if grad and isinstance(x, Tensor) and x.requires_grad
     )
-    _check_loss(loss, learned, normalizer, ref_hidden is not None)
+    _check_loss(loss, learned, ref_hidden is not None)
     call = Call(
         targets=targets,
         temperature=temperature_tensor(OP, temperature, hidden, targets.shape),
@@ -260,6 +274,7 @@ def linear_loss(
         learned=learned,
         normalizer=_checked_normalizer(normalizer),
         groups=bounds,
+        reduction=reduction,
         reference=_checked_reference(hidden, weight, ref_hidden, ref_weight, ref_bias, inputs),
         weight_grad=_checked_weight_grad(weight_grad, weight),
         workspace=workspace,
@@ -278,9 +293,7 @@ def linear_loss(
     return LossOutput(loss_value, logp, entropy, call.metrics, *others)
 
 
-def _check_loss(
-    loss: Loss, learned: tuple[str, ...], normalizer: float | Tensor | None, has_reference: bool
-) -> None:
+def _check_loss(loss: Loss, learned: tuple[str, ...], has_reference: bool) -> None:
     """What the objects of fastalign.losses ask for beyond their inputs."""
     name = type(loss).__name__
     per_sequence = getattr(loss, "per_sequence", False)
@@ -289,21 +302,27 @@ def _check_loss(
             f"{OP}: expected constants, because {name} has no gradient in its inputs; "
             f"{', '.join(learned)} requires grad"
         )
-    reduction = getattr(loss, "reduction", "token_mean")
-    if reduction == "sequence_mean" and not per_sequence:
-        raise ValueError(
-            f"{OP}: expected a loss whose tokens count alike, got {loss}, which averages every "
-            "sequence first; use policy_loss on linear_logprobs, or divide its advantages by the "
-            "lengths"
-        )
-    if reduction == "sum" and normalizer is None:
-        raise ValueError(f"{OP}: expected a normalizer with {loss}, whose sum is divided by one")
+    if exact_kl_coef(loss) and not has_reference:
+        raise ValueError(f"{OP}: expected ref_hidden and ref_weight for the exact KL of {loss}")
     if has_reference and not hasattr(loss, "required"):
         if not any(accepted(loss, given) for given in FROM_REFERENCE):
             raise ValueError(
                 f"{OP}: ref_hidden is given, so expected a loss that takes kl or ref_logp, "
                 f"got {loss}"
             )
+
+
+def _check_reduction(loss: Loss, reduction: str | None, groups: bool, per_group: bool) -> None:
+    if reduction not in (None, *REDUCTIONS):
+        raise ValueError(
+            f"{OP}: expected reduction to be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
+        )
+    if reduction == "sequence_mean" and not groups:
+        raise ValueError(f"{OP}: expected groups, the sequences of a sequence_mean")
+    if reduction == "sequence_mean" and sequences_per_value(loss) > 1:
+        raise ValueError(f"{OP}: expected reduction sum or None (the mean over pairs) for {loss}")
+    if reduction == "token_mean" and per_group:
+        raise ValueError(f"{OP}: expected reduction sequence_mean or sum for a loss per group")
 
 
 def _checked_normalizer(normalizer: float | Tensor | None) -> float | Tensor | None:
@@ -403,8 +422,12 @@ def _checked_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> Tensor |
     return weight_grad
 
 
-def _check_inputs(inputs: dict[str, Any], hidden: Tensor, n_groups: int | None) -> None:
-    sizes = [hidden.shape[0]] + ([] if n_groups is None else [n_groups])
+def _check_inputs(
+    inputs: dict[str, Any], hidden: Tensor, n_groups: int | None, bounds: list[int] | None
+) -> None:
+    n = hidden.shape[0]
+    sizes = [n] + ([] if n_groups is None else [n_groups])
+    ambiguous = n_groups == n and bounds != list(range(n + 1))
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             continue
@@ -415,4 +438,10 @@ def _check_inputs(inputs: dict[str, Any], hidden: Tensor, n_groups: int | None) 
             raise ValueError(
                 f"{OP}: expected input {name!r} with leading dimension "
                 f"{' or '.join(map(str, sizes))}, or 0-d, got shape {tuple(x.shape)}"
+            )
+        if x.dim() > 0 and ambiguous:
+            raise ValueError(
+                f"{OP}: expected groups of one row each where there are as many as rows, G = N = "
+                f"{n}: nothing else tells whether input {name!r} is one per row or one per group; "
+                "leave the empty groups out"
             )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.losses.ratio import exact_kl_coef
 from fastalign.ops.policy_loss_terms import fused, policy_loss_terms
 from fastalign.ops.slab import Groups, Rows
 
@@ -65,7 +66,8 @@ class LossCall:
         inputs: all of them, uncut.
         learned: names of the inputs that require grad.
         rows, groups: the rows that count, and their groups (None: a loss per token).
-        normalizer: None: the number of rows, or of groups.
+        shares: [C] for the rows that count, what each one's loss is multiplied with; None: 1.
+        normalizer: what the sum is divided by.
         want_grad: whether any derivative will be used.
         narrow: derivatives stay undivided by the normalizer; ``share`` is what is left to do.
         like: a tensor of the dtype and on the device of the loss.
@@ -78,15 +80,15 @@ class LossCall:
         learned: tuple[str, ...],
         rows: Rows,
         groups: Groups | None,
-        normalizer: float | Tensor | None,
+        shares: Tensor | None,
+        normalizer: float | Tensor,
         want_grad: bool,
         narrow: bool,
         like: Tensor,
     ) -> None:
         self.loss, self.inputs, self.names = loss, inputs, learned
         self.rows, self.groups, self.want_grad = rows, groups, want_grad
-        count = rows.count if groups is None else groups.count
-        self.normalizer = max(count, 1) if normalizer is None else normalizer
+        self.shares, self.normalizer = shares, normalizer
         # float16 cannot hold dlogits of a mean over thousands of tokens: there it is divided last.
         self.unscaled = narrow
         self.divisor = 1.0 if narrow else self.normalizer
@@ -117,11 +119,12 @@ class LossCall:
             for name, x in self.inputs.items()
             if name not in self.withheld
         }
+        shares = None if self.shares is None else self.shares[start:stop]
         if self.groups is not None:
             first, last = unit
             cut["cu_seqlens"] = self.groups.cu_seqlens(first, last)
         elif self.fused:
-            return self._fused(stats, cut)
+            return self._fused(stats, cut, shares)
         logp, entropy = stats["logp"].clone(), stats["entropy"].clone()
         leaves = [logp, entropy]
         if "kl" in stats:
@@ -138,7 +141,7 @@ class LossCall:
                     leaf.requires_grad_()
             values = self.loss(logp, entropy, **cut)
         self._check(values, (stop - start,) if self.groups is None else (unit[1] - unit[0],))
-        self.total += values.detach().sum(dtype=self.total.dtype) / self.normalizer
+        self._add(values.detach(), shares)
         if not self.want_grad:
             return Derivatives(torch.zeros_like(logp), None, None)
         if not values.requires_grad:
@@ -148,7 +151,7 @@ class LossCall:
                 "asked for"
             )
         _check_closed(values, leaves)
-        seed = torch.ones_like(values) / self.divisor
+        seed = (torch.ones_like(values) if shares is None else shares) / self.divisor
         grads = torch.autograd.grad(values, leaves, seed, allow_unused=True)
         for name, grad in zip(self.names, grads[n_stats:], strict=True):
             if grad is not None:
@@ -156,15 +159,28 @@ class LossCall:
         g = torch.zeros_like(logp) if grads[0] is None else grads[0]
         return Derivatives(g, grads[1], grads[2] if n_stats > 2 else None)
 
-    def _fused(self, stats: dict[str, Tensor], cut: dict[str, Any]) -> Derivatives:
-        """Values and derivatives by one kernel."""
+    def _fused(
+        self, stats: dict[str, Tensor], cut: dict[str, Any], shares: Tensor | None
+    ) -> Derivatives:
+        """Values and derivatives by one kernel; an exact KL's derivative is its coefficient."""
         logp, entropy = stats["logp"], stats["entropy"]
-        if "ref_logp" in stats and accepted(self.loss, "ref_logp"):
-            cut["ref_logp"] = stats["ref_logp"]
+        for name in FROM_REFERENCE:
+            if name in stats and accepted(self.loss, name):
+                cut[name] = stats[name]
         values, g, e = policy_loss_terms(self.loss, logp, entropy, cut)
-        self.total += values.sum(dtype=self.total.dtype) / self.normalizer
+        self._add(values, shares)
         self._collect_statistics(logp, entropy, cut)
-        return Derivatives(g / self.divisor, None if e is None else e / self.divisor, None)
+        kl_coef = exact_kl_coef(self.loss)
+        factor = 1.0 / self.divisor if shares is None else shares / self.divisor
+        return Derivatives(
+            g * factor,
+            None if e is None else e * factor,
+            torch.full_like(g, kl_coef) * factor if kl_coef else None,
+        )
+
+    def _add(self, values: Tensor, shares: Tensor | None) -> None:
+        values = values if shares is None else values * shares
+        self.total += values.sum(dtype=self.total.dtype) / self.normalizer
 
     def _check(self, values: Any, expected: tuple[int]) -> None:
         if isinstance(values, Tensor) and values.shape == expected:
@@ -199,7 +215,8 @@ class LossCall:
         if part.dim() > 0 and part.shape[0] == self.rows.total:
             part = self.rows.take(part, start, stop)
         elif part.dim() > 0:
-            part = part[unit[0] : unit[1]]
+            assert self.groups is not None
+            part = self.groups.take(part, *unit)
         return part if self.fused else part.clone()
 
     def _accumulate(self, name: str, grad: Tensor, start: int, stop: int, unit: Range) -> None:
@@ -207,11 +224,34 @@ class LossCall:
         if out.dim() == 0:
             out += grad
         elif out.shape[0] != self.rows.total:
-            out[unit[0] : unit[1]] = grad
+            assert self.groups is not None
+            self.groups.put(out, grad, *unit)
         elif self.rows.index is None:
             out[start:stop] = grad
         else:
             out.index_copy_(0, self.rows.index[start:stop], grad)
+
+
+def reduced(
+    reduction: str | None, rows: Rows, groups: Groups | None, per_group: bool, like: Tensor
+) -> tuple[Tensor | None, float]:
+    """What each row's loss is multiplied with ([C]; None: 1), and the default normalizer.
+
+    Args:
+        reduction: "token_mean", "sequence_mean" or "sum"; None: the mean over rows, or over all
+            groups.
+        groups: the sequences; those of a sequence mean without the empty ones.
+        per_group: the loss is one number for each of them.
+    """
+    if reduction == "sum":
+        return None, 1.0
+    if groups is not None and per_group:
+        return None, max(groups.count, 1)
+    if groups is None or reduction != "sequence_mean":
+        return None, max(rows.count, 1)
+    lengths = groups.tensor.diff()
+    shares = (1.0 / lengths.to(like.dtype)).repeat_interleave(lengths, output_size=rows.count)
+    return shares, max(groups.count, 1)
 
 
 def _check_closed(values: Tensor, leaves: list[Tensor]) -> None:

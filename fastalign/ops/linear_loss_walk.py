@@ -20,7 +20,9 @@ from fastalign.ops.linear_loss_call import (
     Loss,
     LossCall,
     Range,
+    accepted,
     means,
+    reduced,
     sequences_per_value,
 )
 from fastalign.ops.plan import Plan, plan
@@ -61,6 +63,7 @@ class Call:
     learned: tuple[str, ...]
     normalizer: float | Tensor | None
     groups: list[int] | None
+    reduction: str | None
     reference: Reference | None
     weight_grad: Tensor | None
     workspace: int | None
@@ -77,20 +80,27 @@ class Walk:
     def __init__(self, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.call, self.hidden, self.weight, self.bias = call, hidden, weight, bias
         self.rows = Rows(call.targets, call.ignore_index)
-        self.groups = None
+        groups = None
         if call.groups is not None:
             per = sequences_per_value(call.loss)
-            self.groups = Groups(call.groups, self.rows, hidden.device, per)
+            groups = Groups(call.groups, self.rows, hidden.device, per)
+            if call.reduction == "sequence_mean":
+                groups.drop_empty()
+        # Slabs hold whole groups where the loss is one number for each.
+        per_group = groups is not None and accepted(call.loss, "cu_seqlens")
+        self.groups = groups if per_group else None
         self.names = STATS if call.reference is None else KL_STATS
         wide = accumulation_dtype(hidden.dtype)
         self.stats = torch.empty(len(self.names), self.rows.count, dtype=wide, device=hidden.device)
+        shares, own = reduced(call.reduction, self.rows, groups, per_group, self.stats)
         self.loss = LossCall(
             call.loss,
             call.inputs,
             call.learned,
             self.rows,
             self.groups,
-            call.normalizer,
+            shares,
+            own if call.normalizer is None else call.normalizer,
             any(call.need) or bool(call.learned),
             hidden.dtype == torch.float16,
             self.stats,
@@ -99,7 +109,9 @@ class Walk:
     def run(self) -> None:
         with ExitStack() as stack:
             self._reserve(stack)
-            if not self.cuts and self.loss.fused:
+            if not self.cuts and (
+                self.loss.fused or getattr(self.call.loss, "per_sequence", False)
+            ):
                 # No token counts: the metrics have the same names all the same.
                 self.loss(0, 0, (0, 0), self._stats(0, 0))
             if self.plan.mode == "single pass":

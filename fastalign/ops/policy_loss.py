@@ -34,9 +34,11 @@ from fastalign.backend import choose
 from fastalign.losses.value import ValueLoss
 from fastalign.ops.policy_reduce import (
     Layout,
+    Policy,
     check_layout,
     check_like,
     check_normalizer,
+    flat,
     named_statistics,
     policy_tokens,
     shares,
@@ -83,15 +85,14 @@ def policy_loss_reference(form: Form, x: Tokens) -> Results:
     )
 
 
-def _computed(form: Form, x: Tokens) -> Results:
-    """``policy_loss_reference``, by the backend in force."""
-    which = choose("policy_loss", x.leading)
+def _computed(form: Form, x: Tokens, which: str) -> Results:
+    """``policy_loss_reference``, by this backend."""
     if which == "triton":
         from fastalign.kernels.policy_loss import policy_loss_fwd
 
         return policy_loss_fwd(form, x)
     if which == "cpp":
-        return torch.ops.fastalign_cpp.policy_loss(*form, *x)
+        return torch.ops.fastalign_cpp.policy_loss(*form, *x, 1.0)
     return policy_loss_reference(form, x)
 
 
@@ -113,13 +114,11 @@ def _policy_loss(
     mask: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _computed(
-        Form(kind, kl, *coefficients),
-        Tokens(
-            logp, entropy, advantages, old_logp, ref_logp, weights, log_ratio, values, returns,
-            old_values, mask, scale,
-        ),
+    x = Tokens(
+        logp, entropy, advantages, old_logp, ref_logp, weights, log_ratio, values, returns,
+        old_values, mask, scale,
     )  # fmt: skip
+    return _computed(Form(kind, kl, *coefficients), x, choose("policy_loss", x.leading))
 
 
 @_policy_loss.register_fake
@@ -174,46 +173,87 @@ torch.library.register_autograd("fastalign::policy_loss", _backward, setup_conte
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """The op without the dispatcher, which takes 0.1 ms for so many arguments on a CPU: as long as
-    the loss of 30,000 tokens."""
+    """The op and its division by the normalizer, without the dispatcher: that takes 0.1 ms for so
+    many arguments on a CPU, as long as the loss of 30,000 tokens. The statistics come in a list
+    that is given: autograd has to wrap what is returned."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Results:
-        output = _computed(Form(*args[:2], *args[2]), Tokens(*args[3:]))
-        _setup_context(ctx, args, output)
-        return output
+    def forward(
+        ctx: Any,
+        form: Form,
+        x: Tokens,
+        normalizer: float | Tensor | None,
+        means: list[Tensor],
+        logp: Tensor | None,
+        entropy: Tensor | None,
+        values: Tensor | None,
+    ) -> Tensor:
+        which = choose("policy_loss", x.leading)
+        ctx.on_cpu = which == "cpp"
+        if which == "cpp":
+            divisor = 0.0 if normalizer is None else float(normalizer)
+            loss, found, *slopes = torch.ops.fastalign_cpp.policy_loss(*form, *x, divisor)
+            ctx.normalizer = 1.0
+        else:
+            total, found, *slopes = _computed(form, x, which)
+            ctx.normalizer = _tokens_kept(found) if normalizer is None else normalizer
+            found[:2] /= ctx.normalizer
+            loss = total / ctx.normalizer
+        means.append(found)
+        ctx.save_for_backward(*slopes)
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> Any:
         # The slopes are constants to autograd: a second derivative would be wrong in silence.
-        return _backward(ctx, *grads)
+        slopes = ctx.saved_tensors
+        # On a CPU looking at the factor is free, and multiplying by one is not.
+        if not ctx.on_cpu or grad.item() != 1.0:
+            factor = grad / ctx.normalizer
+            slopes = [slope * factor for slope in slopes]
+        wanted = ctx.needs_input_grad[4:]
+        found = (slope if want else None for slope, want in zip(slopes, wanted, strict=True))
+        return None, None, None, None, *found
+
+
+def _tokens_kept(means: Tensor) -> Tensor:
+    return means[COLUMNS.index("count")].clamp(min=1.0)
 
 
 def _reduced(
-    op: str,
-    form: Form,
-    x: Tokens,
-    layout: Layout,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    per_sequence: bool = False,
+    op: str, policy: Policy, layout: Layout, normalizer: float | Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its statistics, with "policy_loss" and "value_loss" where both are there."""
     check_normalizer(op, normalizer)
-    mask = None if layout.mask is None else layout.mask.reshape(-1)
-    scale, own = shares(op, reduction, layout, x.leading, per_sequence)
+    form, x = policy.form, policy.tokens
+    mask = None if layout.mask is None else flat(layout.mask, torch.bool)
+    scale, own = shares(op, policy.reduction, layout, x.leading, policy.per_sequence)
     x = x._replace(mask=mask, scale=scale)
+    normalizer = own if normalizer is None else normalizer
     # Tracers, and tensors that only stand for others, need the op.
-    plain = type(x.leading) in (Tensor, Parameter) and not torch.compiler.is_compiling()
-    call = _PolicyLoss.apply if plain else _policy_loss
-    total, means, *_ = call(form.kind, form.kl, list(form[2:]), *x)
-    if normalizer is None:
-        normalizer = means[COLUMNS.index("count")].clamp(min=1.0) if own is None else own
+    if type(x.leading) in (Tensor, Parameter) and not torch.compiler.is_compiling():
+        found: list[Tensor] = []
+        entropy = x.entropy if form.entropy_coef else None
+        loss = _PolicyLoss.apply(form, x, normalizer, found, x.logp, entropy, x.values)
+        means = found[0]
+    else:
+        total, means, *_ = _policy_loss(form.kind, form.kl, list(form[2:]), *x)
+        divisor = _tokens_kept(means) if normalizer is None else normalizer
+        loss = total / divisor
+        means = torch.cat([means[:2] / divisor, means[2:]])
     statistics = named_statistics(form, x, means)
-    if x.logp is not None and x.values is not None:
-        statistics |= {"policy_loss": means[0] / normalizer, "value_loss": means[1] / normalizer}
-    return total / normalizer, statistics
+    policy_part = means[0]
+    if policy.kl is not None:
+        kl = policy.kl if mask is None else torch.where(mask, policy.kl, 0.0)
+        share = kl if scale is None else kl * scale.repeat_interleave(len(kl) // len(scale))
+        count = _tokens_kept(means)
+        penalty = policy.kl_coef * share.sum() / (count if normalizer is None else normalizer)
+        loss, policy_part = loss + penalty, policy_part + penalty.detach()
+        statistics["kl"] = kl.detach().sum() / count
+    if x.values is not None and x.logp is not None:
+        statistics |= {"policy_loss": policy_part, "value_loss": means[1]}
+    return loss, statistics
 
 
 def policy_loss(
@@ -230,15 +270,16 @@ def policy_loss(
     """A loss of ``fastalign.losses`` on log-probs you have, reduced to one number, with statistics.
 
     The formula and the reductions stand in this module's docstring. Gradients flow to ``logp`` and
-    ``entropy``; they are formed in the same launch as the loss.
+    ``entropy``; they are formed in the same launch as the loss. With an exact KL (``kl_kind``
+    "exact") the input ``kl`` has a gradient too; its term is added after the launch.
 
     Args:
         loss: MLE, APA, AWR, PPO or GRPO. (Any other callable: call it, or ``linear_loss``.)
         logp: [B, T] or packed [N], float32, bfloat16, float16 or float64; the arithmetic is float32
             (float64 for float64).
         inputs: the loss's inputs by name, each of the shape of ``logp`` (gspo's advantages: or [B],
-            [S]); constants. ``old_logp`` and ``ref_logp`` are welcome with any loss, for the
-            statistics.
+            [S], see ``GRPO``); constants but for ``kl``. ``old_logp`` and ``ref_logp`` are welcome
+            with any loss, for the statistics.
         entropy: of the shape of ``logp``, in nats.
         mask: of that shape, bool or integer, True (nonzero) where the token counts. What stands in
             the other cells, NaN included, has no effect; gradients are 0 there.
@@ -263,8 +304,8 @@ def policy_loss(
     """
     op = "policy_loss"
     layout = check_layout(op, logp, "logp", mask, cu_seqlens)
-    form, x, how, per_sequence = policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
-    return _reduced(op, form, x, layout, how, normalizer, per_sequence)
+    policy = policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
+    return _reduced(op, policy, layout, normalizer)
 
 
 def actor_critic_loss(
@@ -303,10 +344,10 @@ def actor_critic_loss(
     op = "actor_critic_loss"
     layout = check_layout(op, logp, "logp", mask, cu_seqlens)
     check_like(op, "values", values, logp, "logp")
-    form, x, how, per_sequence = policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
+    policy = policy_tokens(op, loss, logp, inputs, entropy, layout, reduction)
     critic = ValueLoss() if value_loss is None else value_loss
-    form, x = with_critic(op, form, x, critic, values, returns, old_values, vf_coef)
-    return _reduced(op, form, x, layout, how, normalizer, per_sequence)
+    policy = with_critic(op, policy, critic, values, returns, old_values, vf_coef)
+    return _reduced(op, policy, layout, normalizer)
 
 
 def value_loss(
@@ -337,5 +378,6 @@ def value_loss(
     """
     op = "value_loss"
     layout = check_layout(op, values, "values", mask, cu_seqlens)
-    form, x = with_critic(op, Form(), Tokens(), loss, values, returns, old_values, 1.0)
-    return _reduced(op, form, x, layout, reduction, normalizer)
+    none = Policy(Form(), Tokens(), reduction)
+    policy = with_critic(op, none, loss, values, returns, old_values, 1.0)
+    return _reduced(op, policy, layout, normalizer)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastalign.backend import choose
 from fastalign.losses.inputs import constants, wide
+from fastalign.losses.ratio import exact_kl_coef
 from fastalign.ops.policy_reduce import take_tokens
 from fastalign.ops.policy_terms import Form, Tokens, form_of, terms_reference
 
@@ -83,7 +84,8 @@ def policy_loss_terms(
         inputs: the loss's inputs by name, [N] each.
 
     Returns:
-        values, dlogp: [N]; dentropy: [N], None where the loss does not use the entropy.
+        values, dlogp: [N]; dentropy: [N], None where the loss does not use the entropy. (By an
+        exact ``kl`` the derivative is its coefficient, ``exact_kl_coef``.)
 
     Raises:
         ValueError: a loss that is not fused, or inputs that do not fit it.
@@ -97,6 +99,9 @@ def policy_loss_terms(
     elif entropy is None:
         raise ValueError(f"{type(loss).__name__}: missing inputs: entropy (entropy_coef is not 0)")
     entropy = None if entropy is None else entropy.detach()
-    x = take_tokens(form, wide(logp.detach()), entropy, found)
+    x = take_tokens(wide(logp.detach()), entropy, found)
     values, slope, entropy_slope = policy_loss_terms_op(form.kind, form.kl, list(form[2:]), *x[:6])
+    kl_coef = exact_kl_coef(loss)
+    if kl_coef:
+        values = values + kl_coef * found["kl"].detach()
     return values, slope, entropy_slope if form.entropy_coef else None

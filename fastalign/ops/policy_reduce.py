@@ -13,12 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.losses.grpo import sequence_of_token
+from fastalign.losses.awr import effective_sample_size
+from fastalign.losses.grpo import check_reading, sequence_of_token
 from fastalign.losses.inputs import constants, wide
+from fastalign.losses.ratio import exact_kl_coef
 from fastalign.losses.value import ValueLoss
-from fastalign.ops.policy_terms import COLUMNS, KINDS, Form, Tokens, form_of
+from fastalign.ops.policy_terms import COLUMNS, FUSED, KINDS, Form, Tokens, form_of, kept
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+TAKEN = ("advantages", "old_logp", "ref_logp", "weights")
+# The log of weights whose squares, a million of them, float32 still holds.
+LARGEST_SQUARED = 36.0
 
 
 class Layout(NamedTuple):
@@ -63,7 +68,7 @@ def check_layout(
         check_like(op, "mask", mask, x, name)
         if mask.is_floating_point():
             raise ValueError(f"{op}: expected a bool or integer mask, got {mask.dtype}")
-        mask = mask.to(torch.bool)
+        mask = mask if mask.dtype == torch.bool else mask != 0
     if cu_seqlens is not None:
         _check_offsets(op, cu_seqlens, x)
         cu_seqlens = cu_seqlens.to(torch.int64)
@@ -99,41 +104,73 @@ def _check_offsets(op: str, cu_seqlens: Tensor, x: Tensor) -> None:
             )
 
 
-def checked_inputs(
-    op: str, loss: Any, logp: Tensor, inputs: Mapping[str, Tensor | None], layout: Layout
-) -> dict[str, Tensor]:
-    """The loss's constants; old_logp and ref_logp are welcome for the statistics of any loss."""
+class Traits(NamedTuple):
+    """What a call asks a loss object, cached because asking takes longer than some kernels."""
+
+    form: Form
+    required: tuple[str, ...]  # without cu_seqlens
+    optional: tuple[str, ...]  # old_logp and ref_logp are welcome for any loss's statistics
+    reduction: str
+    per_sequence: bool
+    kl_coef: float  # of an exact KL
+
+
+def traits_of(op: str, loss: Any) -> Traits:
+    if type(loss) not in FUSED:
+        raise ValueError(f"{op}: expected a policy loss object of fastalign.losses, got {loss!r}")
+    return kept(_traits)(loss)
+
+
+def _traits(loss: Any) -> Traits:
+    form = form_of(loss)
+    assert form is not None
     required = tuple(name for name in loss.required if name != "cu_seqlens")
-    optional = tuple({*loss.optional, "old_logp", "ref_logp"} - {*required})
+    return Traits(
+        form,
+        required,
+        tuple(sorted({*loss.optional, "old_logp", "ref_logp"} - {*required})),
+        getattr(loss, "reduction", "token_mean"),
+        getattr(loss, "per_sequence", False),
+        exact_kl_coef(loss),
+    )
+
+
+def checked_inputs(
+    op: str,
+    loss: Any,
+    traits: Traits,
+    logp: Tensor,
+    inputs: Mapping[str, Tensor | None],
+    layout: Layout,
+) -> dict[str, Tensor]:
+    """The loss's constants and its kl, in the dtype of logp."""
     sequences = None
-    if getattr(loss, "per_sequence", False):
+    if traits.per_sequence:
         if layout.cu_seqlens is None and logp.dim() != 2:
             raise ValueError(f"{op}: expected cu_seqlens or logp [B, T] for {loss}")
         offsets = layout.cu_seqlens
         sequences = layout.shape[0] if offsets is None else offsets.shape[0] - 1
+    device = logp.device
     for name, x in inputs.items():
-        if isinstance(x, Tensor) and x.device != logp.device:
-            raise ValueError(f"{op}: expected {name} on {logp.device}, got {x.device}")
-    found = constants(loss, logp, inputs, required, optional, sequences)
-    return {name: x.to(logp.dtype) for name, x in found.items()}
+        if x is not None and x.device != device:
+            raise ValueError(f"{op}: expected {name} on {device}, got {x.device}")
+    found = constants(loss, logp, inputs, traits.required, traits.optional, sequences)
+    if traits.per_sequence and layout.cu_seqlens is not None:
+        check_reading(op, found["advantages"], logp, layout.cu_seqlens)
+    return found
 
 
-def take_tokens(
-    form: Form, logp: Tensor | None, entropy: Tensor | None, found: dict[str, Tensor]
-) -> Tokens:
+def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N] in this dtype."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.dim() == 1 else x.reshape(-1)
+
+
+def take_tokens(logp: Tensor, entropy: Tensor | None, found: dict[str, Tensor]) -> Tokens:
     """The policy's part of the kernels' input, flat and in the dtype of logp."""
-
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None or logp is None else x.to(logp.dtype).reshape(-1)
-
-    return Tokens(
-        logp=flat(logp),
-        entropy=flat(entropy),
-        **{
-            name: flat(found.get(name))
-            for name in ("advantages", "old_logp", "ref_logp", "weights")
-        },
-    )
+    dtype = logp.dtype
+    rest = {name: flat(x, dtype) for name, x in found.items() if name in TAKEN}
+    return Tokens(flat(logp, dtype), None if entropy is None else flat(entropy, dtype), **rest)
 
 
 def over_sequences(found: dict[str, Tensor], logp: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -153,6 +190,17 @@ def over_sequences(found: dict[str, Tensor], logp: Tensor, layout: Layout) -> di
     }
 
 
+class Policy(NamedTuple):
+    """A call's policy, ready to be reduced."""
+
+    form: Form
+    tokens: Tokens
+    reduction: str
+    per_sequence: bool = False
+    kl: Tensor | None = None  # flat, with its gradient
+    kl_coef: float = 0.0
+
+
 def policy_tokens(
     op: str,
     loss: Any,
@@ -161,36 +209,37 @@ def policy_tokens(
     entropy: Tensor | None,
     layout: Layout,
     reduction: str | None,
-) -> tuple[Form, Tokens, str, bool]:
-    """Of a call's policy: its form, its tokens, the reduction (its own if None), and whether it has
-    one loss per sequence."""
-    form = form_of(loss)
-    if form is None:
-        raise ValueError(f"{op}: expected a policy loss object of fastalign.losses, got {loss!r}")
+) -> Policy:
+    """Of a call's policy: its form, its tokens, the reduction (its own if None)."""
+    traits = traits_of(op, loss)
+    form = traits.form
     if entropy is not None:
         check_like(op, "entropy", entropy, logp, "logp")
     elif form.entropy_coef:
         raise ValueError(f"{op}: missing entropy (entropy_coef is not 0 in {loss})")
     logp = wide(logp)
-    found = checked_inputs(op, loss, logp, inputs, layout)
-    reduction = getattr(loss, "reduction", "token_mean") if reduction is None else reduction
-    if not getattr(loss, "per_sequence", False):
-        return form, take_tokens(form, logp, entropy, found), reduction, False
-    averages = over_sequences(found, logp, layout)
-    tokens = take_tokens(form, logp, entropy, found | averages)
-    return form, tokens._replace(log_ratio=averages["log_ratio"]), reduction, True
+    found = checked_inputs(op, loss, traits, logp, inputs, layout)
+    kl = flat(found["kl"], logp.dtype) if traits.kl_coef else None
+    log_ratio = None
+    if traits.per_sequence:
+        averages = over_sequences(found, logp, layout)
+        found, log_ratio = found | averages, averages.pop("log_ratio")
+    tokens = take_tokens(logp, entropy, found)
+    if log_ratio is not None:
+        tokens = tokens._replace(log_ratio=log_ratio)
+    reduction = traits.reduction if reduction is None else reduction
+    return Policy(form, tokens, reduction, traits.per_sequence, kl, traits.kl_coef)
 
 
 def with_critic(
     op: str,
-    form: Form,
-    x: Tokens,
+    policy: Policy,
     value_loss: ValueLoss,
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
     vf_coef: float,
-) -> tuple[Form, Tokens]:
+) -> Policy:
     """The form and the tokens with a critic's part beside the policy's, or alone."""
     if type(value_loss) is not ValueLoss:
         raise ValueError(f"{op}: expected a ValueLoss of fastalign.losses, got {value_loss!r}")
@@ -199,16 +248,15 @@ def with_critic(
     check_like(op, "returns", returns, values, "values")
     if old_values is not None:
         check_like(op, "old_values", old_values, values, "values")
+    form, x = policy.form, policy.tokens
     dtype = wide(values).dtype if x.logp is None else x.logp.dtype
-    clip = value_loss.clip
-    return (
-        form._replace(vf_coef=float(vf_coef), value_clip=0.0 if clip is None else clip),
-        x._replace(
-            values=values.to(dtype).reshape(-1),
-            returns=returns.detach().to(dtype).reshape(-1),
-            old_values=None if old_values is None else old_values.detach().to(dtype).reshape(-1),
-        ),
+    clip = 0.0 if value_loss.clip is None else value_loss.clip
+    x = x._replace(
+        values=flat(values, dtype),
+        returns=flat(returns.detach(), dtype),
+        old_values=None if old_values is None else flat(old_values.detach(), dtype),
     )
+    return policy._replace(form=form._replace(vf_coef=float(vf_coef), value_clip=clip), tokens=x)
 
 
 def shares(
@@ -250,27 +298,46 @@ def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
 
 def named_statistics(form: Form, x: Tokens, means: Tensor) -> dict[str, Tensor]:
     """Of the kernels' columns those that this loss and its inputs fill, 0-d each."""
-    column = dict(zip(COLUMNS, means.unbind(), strict=True))
-    kind = KINDS[form.kind]
-    names = []
-    if x.entropy is not None:
-        names.append("entropy")
-    if x.old_logp is not None or x.log_ratio is not None:
-        names.append("ratio")
-    if kind in ("clip", "cispo") or kind == "awr" and form.upper < math.inf:
-        names.append("clip_fraction")
-    weighted = kind == "awr" or kind == "mle" and x.weights is not None
-    if weighted:
-        names.append("weight")
-    for other, given in (("ref", x.ref_logp), ("old", x.old_logp)):
-        names += [f"{other}_{k}" for k in ("k1", "k2", "k3") if given is not None]
-    if form.value_clip:
-        names.append("value_clip_fraction")
-    named = {name: column[name] for name in names}
-    if kind == "apa":
-        named["residual"] = column["weight"]
-    if weighted:
-        squares = column["weight_squared"]
-        size = column["count"] * column["weight"].square() / squares
-        named["effective_sample_size"] = torch.where(squares > 0.0, size, 0.0)
+    given = tuple(t is not None for t in (x.entropy, x.old_logp, x.ref_logp, x.log_ratio))
+    weighted = KINDS[form.kind] == "mle" and x.weights is not None
+    columns = means.unbind()
+    named = {
+        name: columns[at]
+        for name, at in kept(_filled)(
+            KINDS[form.kind], given, weighted, form.upper, form.value_clip > 0
+        )
+    }
+    if "weight" in named:
+        named["effective_sample_size"] = _effective_sample_size(form, x, columns)
     return named
+
+
+def _filled(
+    kind: str, given: tuple[bool, ...], weighted: bool, upper: float, banded: bool
+) -> list[tuple[str, int]]:
+    """Names and columns."""
+    entropy, old, ref, of_sequences = given
+    names = ["entropy"] if entropy else []
+    if old or of_sequences:
+        names.append("ratio")
+    if kind in ("clip", "cispo") or kind == "awr" and upper < math.inf:
+        names.append("clip_fraction")
+    if kind == "awr" or weighted:
+        names.append("weight")
+    for other, there in (("ref", ref), ("old", old)):
+        names += [f"{other}_{k}" for k in ("k1", "k2", "k3") if there]
+    if banded:
+        names.append("value_clip_fraction")
+    residual = [("residual", COLUMNS.index("weight"))] if kind == "apa" else []
+    return [(name, COLUMNS.index(name)) for name in names] + residual
+
+
+def _effective_sample_size(form: Form, x: Tokens, columns: tuple[Tensor, ...]) -> Tensor:
+    if KINDS[form.kind] == "awr" and form.upper > LARGEST_SQUARED:
+        assert x.advantages is not None
+        logs = (form.scale * x.advantages).clamp(max=form.upper)
+        logs = logs if x.mask is None else logs.masked_fill(~x.mask, -math.inf)
+        return effective_sample_size(logs, logs=True)
+    squares = columns[COLUMNS.index("weight_squared")]
+    size = columns[COLUMNS.index("count")] * columns[COLUMNS.index("weight")].square() / squares
+    return torch.where(squares > 0.0, size, 0.0)

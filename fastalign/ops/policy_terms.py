@@ -16,6 +16,8 @@ Five kinds of per-token loss v, with slope g = dv/dlogp; d = logp - old_logp is 
     + kl_coef kl,  kl = k, k^2 / 2 or exp(-k) - 1 + k       slope 1, k or 1 - exp(-k)
     - entropy_coef H                                        dv/dH = -entropy_coef
 
+(an exact KL, a number of each token, is added outside the kernels: slope kl_coef by itself)
+
 and a critic's loss, ``fastalign.losses.ValueLoss``, may stand beside it (or alone, kind "none"):
 
     + vf_coef / 2 (V - R)^2, with a band: the larger of this and that of V clamped to the band
@@ -24,7 +26,9 @@ and a critic's loss, ``fastalign.losses.ValueLoss``, may stand beside it (or alo
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +39,10 @@ from fastalign.losses.grpo import GRPO
 from fastalign.losses.mle import MLE
 from fastalign.losses.ppo import PPO
 from fastalign.losses.ratio import KL_KINDS, MAX_LOG_RATIO, log_band
+from fastalign.losses.rwr import RWR
 
+T = TypeVar("T")
+FUSED = (MLE, RWR, APA, AWR, PPO, GRPO)
 KINDS = ("none", "mle", "apa", "awr", "clip", "cispo")
 KLS = ("none", *KL_KINDS)
 # What is summed over the tokens that count, in the kernels' order; policy and value are scaled.
@@ -100,27 +107,42 @@ class Tokens(NamedTuple):
 
 def form_of(loss: Any) -> Form | None:
     """The form of a loss object, None for any other callable (subclasses have their own maths)."""
-    if type(loss) is MLE:
+    return kept(_form)(loss) if type(loss) in FUSED else None
+
+
+def kept(f: Callable[..., T]) -> Callable[..., T]:
+    """``f`` with a cache, but not while compiling: torch.compile warns of caches."""
+    return f if torch.compiler.is_compiling() else _cached(f)
+
+
+@lru_cache
+def _cached(f: Callable[..., T]) -> Callable[..., T]:
+    return lru_cache(maxsize=256)(f)
+
+
+def _form(loss: Any) -> Form:
+    if isinstance(loss, MLE):
         return Form(KINDS.index("mle"))
-    if type(loss) is APA:
+    if isinstance(loss, APA):
         scale = 1.0 / loss.lambda_ if loss.form == "paper" else loss.lambda_
         return Form(KINDS.index("apa"), scale=scale)
-    if type(loss) is AWR:
+    if isinstance(loss, AWR):
         upper = math.inf if loss.weight_cap is None else math.log(loss.weight_cap)
         return Form(KINDS.index("awr"), scale=1.0 / loss.beta, upper=upper)
-    if isinstance(loss, PPO) and type(loss) is PPO:
+    if isinstance(loss, PPO):
         kind, band = "clip", log_band(loss.clip, loss.clip_high, loss.dual_clip)
-    elif isinstance(loss, GRPO) and type(loss) is GRPO:
-        kind, band = "cispo" if loss.variant == "cispo" else "clip", loss.band
     else:
-        return None
+        kind, band = "cispo" if loss.variant == "cispo" else "clip", loss.band
+    # An exact KL is a number that every token brings, not a function of its log-prob: see
+    # ``fastalign.losses.ratio.exact_kl_coef``.
+    estimated = loss.kl_coef > 0.0 and loss.kl_kind in KL_KINDS
     return Form(
         KINDS.index(kind),
-        KLS.index(loss.kl_kind) if loss.kl_coef > 0.0 else 0,
+        KLS.index(loss.kl_kind) if estimated else 0,
         lower=band.lower,
         upper=band.upper,
         most=band.most,
-        kl_coef=loss.kl_coef,
+        kl_coef=loss.kl_coef if estimated else 0.0,
         entropy_coef=loss.entropy_coef,
     )
 

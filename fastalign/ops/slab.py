@@ -95,8 +95,40 @@ class Groups:
             self.tensor = torch.searchsorted(rows.index, self.tensor)
             self.bounds = self.tensor.tolist()
         self.per_group, self.bounds = per_group, self.bounds[::per_group]
-        self.count = len(self.bounds) - 1
-        self.longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+        self.index: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        return [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    def drop_empty(self) -> None:
+        """Leaves the groups out that have no row; for groups of one sequence."""
+        found = [group for group, length in enumerate(self.lengths) if length > 0]
+        if len(found) == self.count:
+            return
+        self.bounds = [self.bounds[group] for group in found] + self.bounds[-1:]
+        device = self.tensor.device
+        self.tensor = _numbers(self.bounds, device)
+        self.index = _numbers(found, device)
+
+    def take(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Of x, one value for every group that was given, those of the groups first..last."""
+        return x[first:last] if self.index is None else x[self.index[first:last]]
+
+    def put(self, x: Tensor, values: Tensor, first: int, last: int) -> None:
+        """The same part of x becomes ``values``."""
+        if self.index is None:
+            x[first:last] = values
+        else:
+            x.index_copy_(0, self.index[first:last], values)
 
     def cu_seqlens(self, first: int, last: int) -> Tensor:
         """The bounds of the sequences of groups first..last, counted from the first row of them."""
