@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Run, arguments, medians, peak_bytes, report, share
-from fastalign.ops import linear_kl
+from fastalign.ops import linear_kl, plan
 from fastalign.testing import peaked_head
 
 SHAPES = {
@@ -34,7 +34,7 @@ def bench(n: int, width: int, vocab: int, options: Any) -> list[dict[str, Any]]:
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     g = torch.randn(n, device=options.device)
     z, dh, dw = hidden.new_empty(n, vocab), torch.empty_like(hidden), torch.empty_like(weight)
-    small = max(64, n // 4) * vocab * 2 * dtype.itemsize
+    small = n * vocab * dtype.itemsize  # two slabs
 
     def forward_gemms() -> None:
         torch.mm(hidden, weight.t(), out=z)
@@ -59,7 +59,7 @@ def bench(n: int, width: int, vocab: int, options: Any) -> list[dict[str, Any]]:
     def forward(f: Any) -> Run:
         return lambda: f(hidden, weight)
 
-    everything = 2 * n * vocab * dtype.itemsize
+    everything = 3 * n * vocab * dtype.itemsize  # both models' logits and the gradient
     runs: dict[str, tuple[Run, int]] = {
         "2 GEMMs (ceiling)": (forward_gemms, 2),
         "forward": (forward(own), 2),
@@ -94,7 +94,10 @@ def bench(n: int, width: int, vocab: int, options: Any) -> list[dict[str, Any]]:
 def main() -> None:
     options = arguments(__doc__).parse_args()
     rows = []
+    dtype = getattr(torch, options.dtype)
     for n, width, vocab in options.shapes or SHAPES[options.device]:
+        head: dict[str, Any] = dict(op="linear_kl", reference_width=width)
+        print(plan(n, width, vocab, dtype=dtype, device=options.device, **head))
         rows += bench(n, width, vocab, options)
     report(rows, options, {"dtype": options.dtype})
 

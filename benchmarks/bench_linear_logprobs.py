@@ -24,8 +24,8 @@ from fastalign.ops import linear_logprobs, plan
 LOGP, WITH_ENTROPY = "logp", "logp + entropy"
 
 
-def own(task: str, what: str, parts: int | None = None, **passes: Any) -> Candidate:
-    """linear_logprobs by default, or with room for 1/parts of the logits."""
+def own(task: str, what: str, room: float | None = None, **passes: Any) -> Candidate:
+    """linear_logprobs by default, or with room for so many times all logits."""
     entropy = task == WITH_ENTROPY
 
     def run(hidden: Tensor, weight: Tensor, problem: Problem) -> tuple[Tensor, ...]:
@@ -36,7 +36,7 @@ def own(task: str, what: str, parts: int | None = None, **passes: Any) -> Candid
             problem.targets,
             ignore_index=None,
             return_entropy=entropy,
-            workspace=None if parts is None else logits // parts,
+            workspace=None if room is None else int(room * logits),
         )
         return (out,) if isinstance(out, Tensor) else out
 
@@ -57,8 +57,8 @@ def candidates_on(device: str, without: list[str]) -> tuple[list[Candidate], dic
     for task in (LOGP, WITH_ENTROPY):
         found += [
             own(task, "linear_logprobs"),
-            own(task, "linear_logprobs, logits kept", 1, passes=(BOTH,)),
-            own(task, "linear_logprobs, recomputed", 4, passes=(BOTH,)),
+            own(task, "linear_logprobs, logits kept", 2.0, passes=(BOTH,)),
+            own(task, "linear_logprobs, recomputed", 0.5, passes=(BOTH,)),
         ]
         found += [rival(task, r) for r in tokens if r.peer.entropy == (task == WITH_ENTROPY)]
     return found, absent

@@ -97,12 +97,13 @@ def test_gradients_in_place_pass_opcheck() -> None:
 
 
 @pytest.mark.parametrize("need", [[True, True, True], [True, False, False], [False, True, False]])
+@pytest.mark.parametrize("known_rows", [True, False], ids=["rows known", "rows to be found"])
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "slabs"])
-def test_backward_ops_pass_opcheck(keep: bool, need: list[bool]) -> None:
+def test_backward_ops_pass_opcheck(keep: bool, known_rows: bool, need: list[bool]) -> None:
     n, slab = 9, 4
     h, w, b = numbers(n, H), numbers(V, H), numbers(V)
     y, t, g = torch.arange(n) - 1, torch.ones(1), numbers(n)
-    settings = (0.0, -1, slab)
+    settings = (0.0, -1, torch.arange(1, n) if known_rows else None, slab)
     logits = numbers(n if keep else 0, V)
     known = row_stats(torch.nn.functional.linear(h, w, b), y, t, 0.0, -1)
     args = (g, g, h, w, y, b, t, *settings, False, logits, *known, need)

@@ -149,7 +149,9 @@ def test_kept_and_recomputed_logits_give_the_same_bits() -> None:
 
     def with_slabs(keep: bool) -> list[Tensor]:
         return results(
-            lambda x, y, z: linear_kl_op(x, y, z, rh, rw, rb, targets, t, 0.0, -100, 16, keep)[0],
+            lambda x, y, z: linear_kl_op(
+                x, y, z, rh, rw, rb, targets, t, 0.0, -100, None, N, N if keep else 0
+            )[0],
             [h, w, b],
         )
 
@@ -287,8 +289,9 @@ def test_opcheck() -> None:
     (h, w, b), (rh, rw, rb) = make(torch.float32)
     policy = [x.requires_grad_() for x in (h, w, b)]
     targets = torch.where(MASK, 0, -100)
-    for keep in (True, False):
-        args = (*policy, rh, rw, rb, targets, torch.ones(1), 0.0, -100, 16, keep)
+    index = (targets != -100).nonzero()[:, 0]
+    for known, keep in ((None, N), (None, 0), (index, index.numel())):
+        args = (*policy, rh, rw, rb, targets, torch.ones(1), 0.0, -100, known, 16, keep)
         torch.library.opcheck(linear_kl_op, args)
 
 

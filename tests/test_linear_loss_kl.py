@@ -232,3 +232,21 @@ def test_a_masked_vocabulary_of_the_policy_costs_nothing() -> None:
     torch.testing.assert_close(out.kl[kept], -share[kept], rtol=1e-4, atol=1e-5)
     for gradient in gradients(out.loss, hidden, weight):
         assert gradient.isfinite().all()
+
+
+def test_autocast_is_followed_by_both_models() -> None:
+    hidden, weight, targets, inputs = make()
+    advantages = {"advantages": inputs["advantages"]}
+    ref_hidden, ref_weight, ref_bias = reference_model(torch.float32)
+
+    def run(kind: torch.dtype, *tensors: Tensor) -> Any:
+        h, w, rh, rw, rb = (x.detach().to(kind) for x in tensors)
+        reference: dict[str, Any] = dict(ref_hidden=rh, ref_weight=rw, ref_bias=rb)
+        return linear_loss(h, w, targets, exact_kl, advantages, **reference)
+
+    tensors = (hidden, weight, ref_hidden, ref_weight, ref_bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(torch.float32, *tensors)
+    want, wide = run(torch.bfloat16, *tensors), run(torch.float32, *tensors)
+    assert torch.equal(got.kl, want.kl) and torch.equal(got.ref_logp, want.ref_logp)
+    assert not torch.equal(got.ref_logp, wide.ref_logp)

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from heads import H, N, V, gradients, likelihood, make, policy_loss, products, rows
+from heads import GROUPS, H, N, V, gradients, likelihood, make, policy_loss, products, rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalign.ops import linear_logprobs, linear_loss
-from fastalign.ops.slab import HeadGradients
+from fastalign.ops.slab import Groups, HeadGradients, Rows
 from fastalign.testing import assert_no_worse, peaked_head
 
 WALK = importlib.import_module("fastalign.ops.linear_loss_walk")
+CPU = torch.device("cpu")
 
 
 class Largest(TorchDispatchMode):
@@ -234,14 +235,21 @@ def test_less_memory_than_planned_means_smaller_slabs(monkeypatch: pytest.Monkey
     monkeypatch.setattr(WALK, "logits_workspace", scarce)
     out = linear_loss(hidden, weight, targets, policy_loss, inputs)
     count = int((targets != -100).sum())
-    assert tall[0] == count and 1 <= tall[-1] <= 9 and tall == sorted(tall, reverse=True)
+    assert tall == [count, count // 2, count // 4] and tall[-1] <= 9 < tall[-2]
     monkeypatch.undo()
     plenty = linear_loss(hidden, weight, targets, policy_loss, inputs)
     assert out.loss.item() == pytest.approx(plenty.loss.item(), rel=1e-6)
 
+    # A budget of the caller's is an upper bound; a slab of fixed shape is a promise.
     monkeypatch.setattr(WALK, "logits_workspace", scarce)
+    tall.clear()
+    linear_loss(hidden, weight, targets, policy_loss, inputs, workspace=rows(20))
+    assert tall == [16, 8]
     with pytest.raises(torch.OutOfMemoryError):
-        linear_loss(hidden, weight, targets, policy_loss, inputs, workspace=rows(20))
+        linear_loss(
+            hidden, weight, targets, policy_loss, inputs, workspace=rows(20), batch_invariant=True
+        )
+    assert tall == [16, 8, 16]
 
 
 def test_less_memory_for_the_accumulator_means_smaller_slabs(
@@ -270,6 +278,65 @@ def test_less_memory_for_the_accumulator_means_smaller_slabs(
     monkeypatch.setattr(WALK, "HeadGradients", Scarce)
     out = linear_loss(hidden, weight, targets, policy_loss, inputs)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_failed_attempt_gives_its_workspaces_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for 20 rows in all: of the first attempts the policy's workspace fits, and the
+    reference's beside it does not."""
+    hidden, weight, targets, _ = make()
+    plain = WALK.logits_workspace
+    held: list[int] = []
+
+    @contextmanager
+    def scarce(height: int, vocab: int, like: Tensor) -> Iterator[Tensor]:
+        if sum(held) + height > 20:
+            raise torch.OutOfMemoryError("no room")
+        held.append(height)
+        with plain(height, vocab, like) as work:
+            yield work
+        held.remove(height)
+
+    def kl(logp: Tensor, entropy: Tensor, kl: Tensor) -> Tensor:
+        return kl - logp
+
+    def step() -> Tensor:
+        reference: dict[str, Any] = dict(ref_hidden=hidden.detach() + 1, ref_weight=weight.detach())
+        return linear_loss(hidden, weight, targets, kl, **reference).loss
+
+    expected = step()
+    monkeypatch.setattr(WALK, "logits_workspace", scarce)
+    assert step().item() == pytest.approx(expected.item(), rel=1e-6)
+    assert not held
+
+
+def test_a_wider_reference_is_counted_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 rows of bfloat16 logits beside 16 of float32 ones are 16 * 6 bytes a word."""
+    hidden, weight, targets, _ = make(torch.bfloat16)
+    plain, tall = WALK.logits_workspace, []
+
+    def noted(height: int, vocab: int, like: Tensor) -> Any:
+        tall.append((height, like.dtype))
+        return plain(height, vocab, like)
+
+    monkeypatch.setattr(WALK, "logits_workspace", noted)
+    linear_loss(
+        hidden,
+        weight,
+        targets,
+        lambda logp, entropy, kl: kl,
+        ref_hidden=hidden.detach().float(),
+        ref_weight=weight.detach().float(),
+        workspace=16 * 6 * V,
+    )
+    assert tall == [(16, torch.bfloat16), (16, torch.float32)]
+
+
+def test_slabs_of_groups_hold_no_more_rows_than_they_may() -> None:
+    """Groups of 6, 0, 15, 4 and 12 rows: 16 rows hold the last two, 15 do not."""
+    groups = Groups(GROUPS.tolist(), Rows(torch.zeros(N, dtype=torch.int64), -100), CPU)
+    assert groups.slabs(16) == [(0, 2), (2, 3), (3, 5)]
+    assert groups.slabs(15) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert groups.slabs(37) == [(0, 5)]
 
 
 def test_a_group_too_long_for_the_memory_left_takes_two_stages(

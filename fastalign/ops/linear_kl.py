@@ -12,7 +12,8 @@ token_kl,
     dH = dX W,    dW = dX^T H,    db = sum_i dX_i;     the reference gets no gradient.
 
 The upstream gradient is not known in the forward pass, so both models' logits are either kept (when
-they fit in ``workspace``: 4 products) or computed again (6 products, two of them the reference's).
+they fit in ``workspace`` beside a slab of the policy's gradient: 4 products) or computed again (6
+products, two of them the reference's).
 
 Tests: tests/test_linear_kl.py. Benchmark: benchmarks/bench_linear_kl.py. The row kernels are
 token_kl's (csrc/token_kl.cpp, kernels/token_kl.py).
@@ -20,6 +21,7 @@ token_kl's (csrc/token_kl.cpp, kernels/token_kl.py).
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -33,7 +35,11 @@ from fastalign.ops.slab import (
     check_head,
     check_softcap,
     follow_autocast,
+    fresh,
+    keep_if_room,
     logits_workspace,
+    reserve,
+    rows_ahead,
     slab_logits,
 )
 from fastalign.ops.token_kl import (
@@ -76,23 +82,27 @@ def linear_kl_op(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    index: Tensor | None,
     slab: int,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> kl [N], the statistics of kl_stats [N, 8], and the logits of policy and reference: [N, V],
-    kept rows first, or [0, V]."""
-    rows = Rows(targets, ignore_index)
-    n, vocab = hidden.shape[0], weight.shape[0]
-    logits = hidden.new_empty(n if keep else 0, vocab)
-    ref_logits = ref_hidden.new_empty(n if keep else 0, vocab)
-    stats = torch.empty(rows.count, 8, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    height = 0 if keep else min(slab, rows.count)
-    with (
-        logits_workspace(height, vocab, hidden) as work,
-        logits_workspace(height, vocab, ref_hidden) as ref_work,
-    ):
-        for start in range(0, rows.count, slab):
-            stop = min(start + slab, rows.count)
+    """-> kl [N], the statistics of kl_stats [N, 8], and the logits of policy and reference of the
+    rows that count, [keep, V]. ``index`` and ``keep`` as in linear_logprobs."""
+    rows = Rows(targets, ignore_index, index)
+    count, vocab = rows.count, weight.shape[0]
+    logits = fresh((keep, vocab), hidden.dtype, hidden.device)
+    ref_logits = fresh((keep, vocab), ref_hidden.dtype, ref_hidden.device)
+    stats = torch.empty(count, 8, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+
+    def take(height: int) -> tuple[int, Tensor, Tensor]:
+        held = 0 if keep else min(height, count)
+        work = stack.enter_context(logits_workspace(held, vocab, hidden))
+        return height, work, stack.enter_context(logits_workspace(held, vocab, ref_hidden))
+
+    with ExitStack() as stack:
+        slab, work, ref_work = reserve(stack, max(1, count) if keep else slab, take)
+        for start in range(0, count, slab):
+            stop = min(start + slab, count)
             x = logits[start:stop] if keep else work[: stop - start]
             y = ref_logits[start:stop] if keep else ref_work[: stop - start]
             slab_logits(rows.take(hidden, start, stop), weight, bias, x)
@@ -106,8 +116,8 @@ def linear_kl_op(
                 ignore_index,
             )
             torch.stack(columns, dim=1, out=stats[start:stop])
-    logits[rows.count :] = 0.0
-    ref_logits[rows.count :] = 0.0
+    logits[count:] = 0.0
+    ref_logits[count:] = 0.0
     stats = rows.scatter(stats)
     return stats[:, 4].clone(), stats, logits, ref_logits
 
@@ -124,17 +134,17 @@ def _(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    index: Tensor | None,
     slab: int,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, vocab = hidden.shape[0], weight.shape[0]
     kl = torch.empty(n, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    held = n if keep else 0
     return (
         kl,
         kl.new_empty(n, 8),
-        hidden.new_empty(held, vocab),
-        ref_hidden.new_empty(held, vocab),
+        hidden.new_empty(keep, vocab),
+        ref_hidden.new_empty(keep, vocab),
     )
 
 
@@ -151,6 +161,7 @@ def linear_kl_backward(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    index: Tensor | None,
     slab: int,
     stats: Tensor,
     logits: Tensor,
@@ -158,17 +169,26 @@ def linear_kl_backward(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dhidden, dweight, dbias; an empty tensor for each that ``need`` leaves out."""
-    rows = Rows(targets, ignore_index)
-    keep = logits.shape[0] > 0
-    slabs = -(-rows.count // slab)
-    grads = HeadGradients(hidden, weight, bias, rows, slabs, (need[0], need[1], need[2]))
-    height, vocab = min(slab, rows.count), weight.shape[0]
-    with (
-        logits_workspace(height, vocab, hidden) as work,
-        logits_workspace(0 if keep else height, vocab, ref_hidden) as ref_work,
-    ):
-        for start in range(0, rows.count, slab):
-            stop = min(start + slab, rows.count)
+    rows = Rows(targets, ignore_index, index)
+    count, vocab, keep = rows.count, weight.shape[0], logits.shape[0] > 0
+
+    def take(height: int) -> tuple[int, HeadGradients, Tensor, Tensor]:
+        slabs, wanted = -(-count // height), (need[0], need[1], need[2])
+        grads = HeadGradients(hidden, weight, bias, rows, slabs, wanted)
+        held = min(height, count)
+        work = stack.enter_context(logits_workspace(held, vocab, hidden))
+        ref_rows = 0 if keep else held
+        return (
+            height,
+            grads,
+            work,
+            stack.enter_context(logits_workspace(ref_rows, vocab, ref_hidden)),
+        )
+
+    with ExitStack() as stack:
+        slab, grads, work, ref_work = reserve(stack, slab, take)
+        for start in range(0, count, slab):
+            stop = min(start + slab, count)
             h = rows.take(hidden, start, stop)
             dx = work[: stop - start]
             y = ref_logits[start:stop] if keep else ref_work[: stop - start]
@@ -213,6 +233,7 @@ def _(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    index: Tensor | None,
     slab: int,
     stats: Tensor,
     logits: Tensor,
@@ -228,21 +249,21 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.softcap, ctx.ignore_index, ctx.slab, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, ctx.softcap, ctx.ignore_index, index, ctx.slab, _ = inputs
+    ctx.save_for_backward(*tensors, index, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_kl: Tensor | None, *_: Any) -> Any:
-    *tensors, stats, logits, ref_logits = ctx.saved_tensors
+    *tensors, index, stats, logits, ref_logits = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:3])
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_kl is not None:
-        settings = (ctx.softcap, ctx.ignore_index, ctx.slab)
+        settings = (ctx.softcap, ctx.ignore_index, index, ctx.slab)
         every = linear_kl_backward(grad_kl, *tensors, *settings, stats, logits, ref_logits, need)
         grads = tuple(g if wanted else None for g, wanted in zip(every, need, strict=True))
-    return *grads, *[None] * 9
+    return *grads, *[None] * 10
 
 
 torch.library.register_autograd("fastalign::linear_kl", _backward, setup_context=_setup_context)
@@ -282,7 +303,9 @@ def linear_kl(
         mask: [N] bool; rows with False are dropped before the first product: KL 0, gradient 0.
             Counting them makes the host wait once for a CUDA device; ``None`` drops nothing and
             never waits.
-        workspace: bytes of both models' logits that may be held at once; default as in ``plan``.
+        workspace: bytes of both models' logits, and of gradients beside kept ones, that may be held
+            at once; see ``plan``. Where a GPU has less left, no logits are kept and slabs are
+            smaller.
 
     Returns:
         kl [N] in nats, float32 (float64 for float64 input). +inf where the reference excludes a
@@ -311,52 +334,30 @@ def linear_kl(
     targets = torch.zeros(n, dtype=torch.int64, device=hidden.device)
     if mask is not None:
         targets = targets.masked_fill(~mask, -100)
-    slab, keep = _slab(op, hidden, weight, bias, ref_hidden.dtype, workspace)
-    kl, *_ = linear_kl_op(
+    count, index, ignored = rows_ahead(targets, IGNORE_NOTHING if mask is None else -100)
+    grad = torch.is_grad_enabled()
+    chosen = plan(
+        count,
+        hidden.shape[1],
+        vocab,
+        op=op,
+        dtype=hidden.dtype,
+        device=hidden.device,
+        hidden_grad=grad and hidden.requires_grad,
+        weight_grad=grad and weight.requires_grad,
+        bias_grad=grad and bias is not None and bias.requires_grad,
+        reference_width=ref_hidden.shape[1],
+        reference_dtype=ref_hidden.dtype,
+        workspace=workspace,
+    )
+    models = (
         hidden,
         weight,
         bias,
         ref_hidden.detach(),
         ref_weight.detach(),
         None if ref_bias is None else ref_bias.detach(),
-        targets,
-        scale,
-        cap,
-        IGNORE_NOTHING if mask is None else -100,
-        slab,
-        keep,
     )
+    rest = (targets, scale, cap, ignored, index, chosen.slab)
+    kl, *_ = keep_if_room(chosen.kept, lambda keep: linear_kl_op(*models, *rest, keep))
     return kl
-
-
-def _slab(
-    op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_dtype: torch.dtype,
-    workspace: int | None,
-) -> tuple[int, bool]:
-    """Tokens per slab, and whether both models' logits are kept: planned as by linear_logprobs, for
-    a vocabulary that takes the bytes of both models' logits in the policy's dtype."""
-    size = hidden.dtype.itemsize
-    row = weight.shape[0] * (size + ref_dtype.itemsize)
-    if workspace is not None and workspace < row:
-        raise ValueError(
-            f"{op}: expected workspace >= {row} bytes (one row of {weight.shape[0]} logits of both "
-            f"models), got {workspace}"
-        )
-    vocab = -(-row // size)
-    grad = torch.is_grad_enabled()
-    chosen = plan(
-        hidden.shape[0],
-        hidden.shape[1],
-        vocab,
-        op="linear_logprobs",
-        dtype=hidden.dtype,
-        device=hidden.device,
-        hidden_grad=grad and hidden.requires_grad,
-        weight_grad=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        workspace=None if workspace is None else max(workspace, vocab * size),
-    )
-    return chosen.slab, chosen.mode == "keep logits"

@@ -11,7 +11,8 @@ fastalign/ops/token_logprobs.py. In the backward pass, for dZ of token_logprobs,
     dH = dZ W,    dW = dZ^T H,    db = sum_i dZ_i.
 
 The upstream gradient is not known in the forward pass, so the logits are either kept (when they fit
-in ``workspace``: 3 products) or computed again (4 products). ``linear_loss`` needs neither.
+in ``workspace`` beside a slab of their gradient: 3 products) or computed again (4 products).
+``linear_loss`` needs neither.
 
 The row kernels are token_logprobs' (csrc/token_logprobs.cpp, kernels/token_logprobs.py). Tests:
 tests/test_linear_logprobs.py. Benchmark: benchmarks/bench_linear_logprobs.py.
@@ -19,6 +20,7 @@ tests/test_linear_logprobs.py. Benchmark: benchmarks/bench_linear_logprobs.py.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Literal, overload
 
 import torch
@@ -34,7 +36,10 @@ from fastalign.ops.slab import (
     filled,
     follow_autocast,
     fresh,
+    keep_if_room,
     logits_workspace,
+    reserve,
+    rows_ahead,
     slab_logits,
 )
 from fastalign.ops.token_logprobs import (
@@ -71,22 +76,32 @@ def linear_logprobs_op(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    index: Tensor | None,
     slab: int,
-    keep: bool,
+    keep: int,
     fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> logp, entropy, row_max, log_sum [N] and the logits: [N, V], kept rows first, or [0, V].
+    """-> logp, entropy, row_max, log_sum [N] and the logits of the rows that count, [keep, V].
 
-    With ``fill`` every product has ``slab`` rows, and the logits are [N rounded up to slabs, V].
+    ``index`` [count] are the rows that count, None when all do or when the targets are still to be
+    looked at. ``keep`` is 0, when the logits need not be kept, or at least the number of rows that
+    count; with ``fill``, where every product has ``slab`` rows, that number rounded up to slabs.
     """
-    rows = Rows(targets, ignore_index)
-    vocab = weight.shape[0]
-    logits = fresh((_kept_rows(hidden, slab, keep, fill), vocab), hidden.dtype, hidden.device)
-    stats = torch.empty(rows.count, 4, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    tallest = slab if fill else min(slab, rows.count)
-    with logits_workspace(0 if keep else tallest, vocab, hidden) as work:
-        for start in range(0, rows.count, slab):
-            stop = min(start + slab, rows.count)
+    rows = Rows(targets, ignore_index, index)
+    count, vocab = rows.count, weight.shape[0]
+    logits = fresh((keep, vocab), hidden.dtype, hidden.device)
+    stats = torch.empty(count, 4, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+
+    def take(height: int) -> tuple[int, Tensor]:
+        held = 0 if keep else height if fill else min(height, count)
+        return height, stack.enter_context(logits_workspace(held, vocab, hidden))
+
+    with ExitStack() as stack:
+        # Logits that are kept reuse no workspace: one product makes them all.
+        tallest = max(1, count) if keep and not fill else slab
+        slab, work = reserve(stack, tallest, take, fixed=fill)
+        for start in range(0, count, slab):
+            stop = min(start + slab, count)
             height = slab if fill else stop - start
             z = logits[start : start + height] if keep else work[:height]
             slab_logits(filled(rows.take(hidden, start, stop), height), weight, bias, z)
@@ -98,7 +113,7 @@ def linear_logprobs_op(
                 ignore_index,
             )
             torch.stack(columns, dim=1, out=stats[start:stop])
-    logits[rows.count :] = 0.0
+    logits[count:] = 0.0
     logp, entropy, row_max, log_sum = rows.scatter(stats).t().contiguous().unbind(0)
     return logp.clone(), entropy.clone(), row_max.clone(), log_sum.clone(), logits
 
@@ -112,21 +127,15 @@ def _(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    index: Tensor | None,
     slab: int,
-    keep: bool,
+    keep: int,
     fill: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = hidden.shape[0]
     one = torch.empty(n, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    logits = hidden.new_empty(_kept_rows(hidden, slab, keep, fill), weight.shape[0])
+    logits = hidden.new_empty(keep, weight.shape[0])
     return one, torch.empty_like(one), torch.empty_like(one), torch.empty_like(one), logits
-
-
-def _kept_rows(hidden: Tensor, slab: int, keep: bool, fill: bool) -> int:
-    if not keep:
-        return 0
-    n = hidden.shape[0]
-    return -(-n // slab) * slab if fill else n
 
 
 @torch.library.custom_op("fastalign::linear_logprobs_backward", mutates_args=())
@@ -140,6 +149,7 @@ def linear_logprobs_backward(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    index: Tensor | None,
     slab: int,
     fill: bool,
     logits: Tensor,
@@ -150,14 +160,19 @@ def linear_logprobs_backward(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dhidden, dweight, dbias; an empty tensor for each that ``need`` leaves out."""
-    rows = Rows(targets, ignore_index)
-    keep = logits.shape[0] > 0
-    slabs = -(-rows.count // slab)
-    grads = HeadGradients(hidden, weight, bias, rows, slabs, (need[0], need[1], need[2]))
-    tallest = slab if fill else min(slab, rows.count)
-    with logits_workspace(tallest, weight.shape[0], hidden) as work:
-        for start in range(0, rows.count, slab):
-            stop = min(start + slab, rows.count)
+    rows = Rows(targets, ignore_index, index)
+    count, keep = rows.count, logits.shape[0] > 0
+
+    def take(height: int) -> tuple[int, HeadGradients, Tensor]:
+        slabs, wanted = -(-count // height), (need[0], need[1], need[2])
+        grads = HeadGradients(hidden, weight, bias, rows, slabs, wanted)
+        held = height if fill else min(height, count)
+        return height, grads, stack.enter_context(logits_workspace(held, weight.shape[0], hidden))
+
+    with ExitStack() as stack:
+        slab, grads, work = reserve(stack, slab, take, fixed=fill)
+        for start in range(0, count, slab):
+            stop = min(start + slab, count)
             height = slab if fill else stop - start
             h = filled(rows.take(hidden, start, stop), height)
             dz = work[:height]
@@ -195,6 +210,7 @@ def _(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
+    index: Tensor | None,
     slab: int,
     fill: bool,
     logits: Tensor,
@@ -213,18 +229,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, slab, _, fill = inputs
+    *tensors, softcap, ignore_index, index, slab, _, fill = inputs
     ctx.settings = softcap, ignore_index, slab, fill
     logp, entropy, row_max, log_sum, logits = output
-    ctx.save_for_backward(
-        hidden, weight, targets, bias, temperature, logits, logp, entropy, row_max, log_sum
-    )
+    ctx.save_for_backward(*tensors, index, logits, logp, entropy, row_max, log_sum)
     ctx.mark_non_differentiable(row_max, log_sum, logits)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> Any:
-    hidden, weight, targets, bias, temperature, logits, *stats = ctx.saved_tensors
+    hidden, weight, targets, bias, temperature, index, logits, *stats = ctx.saved_tensors
+    softcap, ignore_index, slab, fill = ctx.settings
     if grad_logp is None:
         grad_logp = torch.zeros_like(stats[0])
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
@@ -236,13 +251,17 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
         targets,
         bias,
         temperature,
-        *ctx.settings,
+        softcap,
+        ignore_index,
+        index,
+        slab,
+        fill,
         logits,
         *stats,
         need,
     )
     dhidden, dweight, dbias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
-    return dhidden, dweight, None, dbias, None, None, None, None, None, None
+    return dhidden, dweight, None, dbias, *[None] * 7
 
 
 torch.library.register_autograd(
@@ -324,8 +343,8 @@ def linear_logprobs(
             gradient 0. Counting them makes the host wait once for a CUDA device; ``None`` drops
             nothing and never waits.
         return_entropy: also return the entropy of each row (nats).
-        workspace: bytes of logits that may be held at once; see ``plan``. Where all are kept, the
-            backward pass holds one slab of their gradient besides.
+        workspace: bytes of logits, and of gradients beside kept ones, that may be held at once; see
+            ``plan``. Where a GPU has less left, no logits are kept and slabs are smaller.
         batch_invariant: as in ``linear_loss``.
 
     Returns:
@@ -343,29 +362,24 @@ def linear_logprobs(
     check_targets(op, targets, hidden.shape[:1], hidden.device, vocab, ignore_index)
     scale = temperature_tensor(op, temperature, hidden, targets.shape)
     cap = check_softcap(op, softcap)
+    ignored = IGNORE_NOTHING if ignore_index is None else ignore_index
+    count, index, ignored = rows_ahead(targets, ignored)
     grad = torch.is_grad_enabled()
     chosen = plan(
-        hidden.shape[0],
+        count,
         hidden.shape[1],
         weight.shape[0],
         op=op,
         dtype=hidden.dtype,
         device=hidden.device,
         hidden_grad=grad and hidden.requires_grad,
-        weight_grad=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        weight_grad=grad and weight.requires_grad,
+        bias_grad=grad and bias is not None and bias.requires_grad,
         batch_invariant=batch_invariant,
         workspace=workspace,
     )
-    logp, entropy, *_ = linear_logprobs_op(
-        hidden,
-        weight,
-        targets,
-        bias,
-        scale,
-        cap,
-        IGNORE_NOTHING if ignore_index is None else ignore_index,
-        chosen.slab,
-        chosen.mode == "keep logits",
-        batch_invariant,
+    head = (hidden, weight, targets, bias, scale, cap, ignored, index, chosen.slab)
+    logp, entropy, *_ = keep_if_room(
+        chosen.kept, lambda keep: linear_logprobs_op(*head, keep, batch_invariant)
     )
     return (logp, entropy) if return_entropy else logp

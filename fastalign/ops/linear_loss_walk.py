@@ -32,6 +32,7 @@ from fastalign.ops.slab import (
     Rows,
     filled,
     logits_workspace,
+    reserve,
     slab_logits,
 )
 from fastalign.ops.token_kl import kl_dlogits_out, kl_stats
@@ -130,37 +131,34 @@ class Walk:
 
     def _reserve(self, stack: ExitStack) -> None:
         """Plans, cuts and takes the workspaces; with less memory than planned, smaller slabs."""
-        budget, reference = self.call.workspace, self.call.reference
-        while True:
-            self.plan = self._plan(budget)
+        self.plan = self._plan(self.call.workspace)
+        row, vocab = self.plan.workspace // self.plan.slab, self.weight.shape[0]
+
+        def take(rows: int) -> tuple[HeadGradients, Tensor, Tensor | None]:
+            if rows < self.plan.slab:
+                self.plan = self._plan(rows * row)
             self.cuts, self.units = self._cut()
             tallest = max((stop - start for start, stop in self.cuts), default=0)
             tallest = self.plan.slab if self.call.batch_invariant and tallest else tallest
-            vocab = self.weight.shape[0]
-            try:
-                self.grads = HeadGradients(
-                    self.hidden,
-                    self.weight,
-                    self.bias,
-                    self.rows,
-                    len(self.cuts),
-                    self.call.need,
-                    into=self.call.weight_grad,
-                    unscaled=self.loss.unscaled,
-                    share=self.loss.share,
-                )
-                self.work = stack.enter_context(logits_workspace(tallest, vocab, self.hidden))
-                if reference is not None:
-                    like = reference.hidden
-                    self.ref_work = stack.enter_context(logits_workspace(tallest, vocab, like))
-                return
-            except torch.OutOfMemoryError:
-                if self.call.workspace is not None or self.plan.slab == 1:
-                    raise
-                stack.close()
-                for name in ("grads", "work", "ref_work"):  # the failed attempt's memory
-                    vars(self).pop(name, None)
-                budget = max(self.plan.workspace // 2, self.plan.workspace // self.plan.slab)
+            grads = HeadGradients(
+                self.hidden,
+                self.weight,
+                self.bias,
+                self.rows,
+                len(self.cuts),
+                self.call.need,
+                into=self.call.weight_grad,
+                unscaled=self.loss.unscaled,
+                share=self.loss.share,
+            )
+            work = stack.enter_context(logits_workspace(tallest, vocab, self.hidden))
+            if self.call.reference is None:
+                return grads, work, None
+            like = self.call.reference.hidden
+            return grads, work, stack.enter_context(logits_workspace(tallest, vocab, like))
+
+        fixed = self.call.batch_invariant
+        self.grads, self.work, self.ref_work = reserve(stack, self.plan.slab, take, fixed)
 
     def _plan(self, budget: int | None) -> Plan:
         need_hidden, need_weight, need_bias = self.call.need
@@ -172,10 +170,12 @@ class Walk:
             dtype=self.hidden.dtype,
             device=self.hidden.device,
             hidden_grad=need_hidden,
-            weight_grad=need_weight or need_bias,
+            weight_grad=need_weight,
+            bias_grad=need_bias,
             own_accumulator=self.call.weight_grad is None,
             longest_group=None if self.groups is None else self.groups.longest,
             reference_width=None if reference is None else reference.hidden.shape[1],
+            reference_dtype=None if reference is None else reference.hidden.dtype,
             workspace=budget,
             batch_invariant=self.call.batch_invariant,
         )
@@ -213,7 +213,7 @@ class Walk:
         z = self.work[:rows]
         slab_logits(h, self.weight, self.bias, z)
         reference = self.call.reference
-        if reference is None:
+        if reference is None or self.ref_work is None:
             return z, None, h
         r = self.ref_work[:rows]
         ref_hidden = filled(self.rows.take(reference.hidden, start, stop), rows)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,16 +27,17 @@ IGNORE_NOTHING = -(1 << 31)
 WIDENED_BYTES = 16 << 20
 KEPT_BYTES = 512 << 20
 _kept = threading.local()
+T = TypeVar("T")
 
 
 class Rows:
     """The rows that count. ``count`` needs one wait for the device, unless ``ignore_index`` is
-    IGNORE_NOTHING."""
+    IGNORE_NOTHING or ``index``, the rows that count, is known."""
 
-    def __init__(self, targets: Tensor, ignore_index: int) -> None:
+    def __init__(self, targets: Tensor, ignore_index: int, index: Tensor | None = None) -> None:
         self.total = targets.numel()
-        self.index: Tensor | None = None
-        if ignore_index != IGNORE_NOTHING:
+        self.index = index
+        if index is None and ignore_index != IGNORE_NOTHING:
             index = (targets != ignore_index).nonzero()[:, 0]
             if index.numel() != self.total:
                 self.index = index
@@ -54,6 +55,18 @@ class Rows:
         if self.index is None:
             return x
         return x.new_zeros(self.total, *x.shape[1:]).index_copy_(0, self.index, x)
+
+
+def rows_ahead(targets: Tensor, ignore_index: int) -> tuple[int, Tensor | None, int]:
+    """What is known of the rows before an op runs: how many it has to reckon with, which these are
+    (None: all, or unknown), and the ``ignore_index`` that is left for the op to look for.
+
+    torch.compile knows no values: all rows then, and the op drops some of them.
+    """
+    if torch.compiler.is_compiling() or type(targets) is not Tensor or targets.is_meta:
+        return targets.numel(), None, ignore_index
+    rows = Rows(targets, ignore_index)
+    return rows.count, rows.index, IGNORE_NOTHING if rows.index is None else ignore_index
 
 
 def _captured(device: torch.device) -> bool:
@@ -190,6 +203,30 @@ def logits_workspace(rows: int, vocab: int, like: Tensor) -> Iterator[Tensor]:
         _kept.buffer = buffer
 
 
+def reserve(stack: ExitStack, rows: int, take: Callable[[int], T], fixed: bool = False) -> T:
+    """take(rows), which enters workspaces into ``stack``; each time that a GPU is out of memory,
+    again with half as many rows, unless their number is ``fixed``."""
+    while True:
+        try:
+            return take(rows)
+        except torch.OutOfMemoryError:
+            if fixed or rows <= 1:
+                raise
+            stack.close()
+        # Outside of the handler, which holds on to the failed attempt's memory.
+        rows //= 2
+
+
+def keep_if_room(kept: int, run: Callable[[int], T]) -> T:
+    """run(kept), or run(0) where a GPU has no room for so many rows of logits."""
+    try:
+        return run(kept)
+    except torch.OutOfMemoryError:
+        if kept == 0:
+            raise
+    return run(0)
+
+
 def filled(x: Tensor, rows: int) -> Tensor:
     """x [C, H] with rows of zeros behind it, up to ``rows``."""
     return x if len(x) == rows else torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
@@ -265,7 +302,10 @@ class HeadGradients:
         if self.dweight is not None:
             self._add_weight(dz, hidden)
         if self.dbias is not None:
-            self.dbias += dz.sum(0, dtype=self.dbias.dtype)
+            # On a CPU a sum of narrow numbers first makes a float32 copy of them.
+            columns = dz.shape[1] if dz.is_cuda or dz.dtype == self.dbias.dtype else _columns(dz)
+            for out, part in zip(self.dbias.split(columns), dz.split(columns, dim=1), strict=True):
+                out += part.sum(0, dtype=out.dtype)
         self.first = False
 
     def _add_weight(self, dz: Tensor, hidden: Tensor) -> None:
@@ -282,7 +322,7 @@ class HeadGradients:
             # slab's part before adding it would bias the sum: widen the operands instead, some
             # columns at a time.
             wide = hidden.to(out.dtype)
-            columns = max(1, WIDENED_BYTES // (4 * max(1, len(dz))))
+            columns = _columns(dz)
             for rows, part in zip(out.split(columns), dz.split(columns, dim=1), strict=True):
                 torch.addmm(rows, part.to(out.dtype).t(), wide, **factors, out=rows)
 
@@ -296,6 +336,11 @@ class HeadGradients:
         if dbias is not None and self.bias is not None:
             dbias = dbias.to(self.bias.dtype)
         return self.dhidden, dweight, dbias
+
+
+def _columns(dz: Tensor) -> int:
+    """How many columns of dz take WIDENED_BYTES when they are float32."""
+    return max(1, WIDENED_BYTES // (4 * max(1, len(dz))))
 
 
 def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
