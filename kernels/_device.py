@@ -7,6 +7,24 @@ import triton.language as tl
 
 
 @triton.jit
+def row_at(logits_ptr, row, steps, stride_b, stride_t, HAS_ALIGNED_ROWS: tl.constexpr):
+    """Row i is row i % steps of batch i // steps."""
+    x_ptr = logits_ptr + (row // steps * stride_b + row % steps * stride_t)
+    if HAS_ALIGNED_ROWS:
+        x_ptr = tl.multiple_of(x_ptr, 16)
+    return x_ptr
+
+
+@triton.jit
+def columns_of(vocab, block, BLOCK_V: tl.constexpr, HAS_ALIGNED_ROWS: tl.constexpr):
+    """Columns of a block, and which of them there are."""
+    if HAS_ALIGNED_ROWS:
+        vocab = vocab // 16 * 16  # as it is; now the compiler knows
+    columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    return columns, columns < vocab
+
+
+@triton.jit
 def soft_capped(x, softcap):
     """softcap * tanh(x / softcap): an odd polynomial where tanh is steep, exp elsewhere."""
     y = x * (1.0 / softcap)  # a division here costs two registers too many on sm_80 and sm_90

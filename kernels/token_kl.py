@@ -14,11 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels._device import expm1_near, one_minus_exp, soft_capped
+from fastalign.kernels._device import (
+    columns_of,
+    expm1_near,
+    one_minus_exp,
+    row_at,
+    soft_capped,
+)
 from fastalign.kernels.token_logprobs import (
     GENERIC,
-    _columns,
-    _row_at,
     dense_rows,
     has_aligned_rows,
     steps_and_strides,
@@ -82,9 +86,9 @@ def _kl_parts_kernel(
     if tl.load(targets_ptr + row) == ignore_index:
         return
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row * stride_temperature)
-    x_ptr = _row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
-    y_ptr = _row_at(ref_ptr, row, steps, stride_ref_b, stride_ref_t, HAS_ALIGNED_ROWS)
-    columns, inside = _columns(vocab, block, BLOCK_V, HAS_ALIGNED_ROWS)
+    x_ptr = row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
+    y_ptr = row_at(ref_ptr, row, steps, stride_ref_b, stride_ref_t, HAS_ALIGNED_ROWS)
+    columns, inside = columns_of(vocab, block, BLOCK_V, HAS_ALIGNED_ROWS)
     u = tl.load(x_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
     v = tl.load(y_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
     if HAS_SOFTCAP:
@@ -209,8 +213,8 @@ def _kl_stats_kernel(
     mean_gap = tl.sum(gaps, 0) / total
     # A target outside the row reads nothing and gives NaN: wrong input must not look like a number.
     known = (target >= 0) & (target < vocab)
-    x_ptr = _row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, False)
-    y_ptr = _row_at(ref_ptr, row, steps, stride_ref_b, stride_ref_t, False)
+    x_ptr = row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, False)
+    y_ptr = row_at(ref_ptr, row, steps, stride_ref_b, stride_ref_t, False)
     at_target = tl.load(x_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     ref_at_target = tl.load(y_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
@@ -258,8 +262,8 @@ def _kl_dlogits_kernel(
     HAS_ALIGNED_ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    columns, inside = _columns(vocab, tl.program_id(1), BLOCK_V, HAS_ALIGNED_ROWS)
-    out = _row_at(out_ptr, row, 1, vocab, 0, HAS_ALIGNED_ROWS) + columns
+    columns, inside = columns_of(vocab, tl.program_id(1), BLOCK_V, HAS_ALIGNED_ROWS)
+    out = row_at(out_ptr, row, 1, vocab, 0, HAS_ALIGNED_ROWS) + columns
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
         tl.store(out, tl.zeros([BLOCK_V], out_ptr.dtype.element_ty), mask=inside)
@@ -274,8 +278,8 @@ def _kl_dlogits_kernel(
     endless = tl.load(kl_ptr + row) == float("inf")
     k = tl.where(endless, 0.0, k)
     mean_gap = tl.where(endless, 0.0, tl.load(mean_gap_ptr + row))
-    x_ptr = _row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
-    y_ptr = _row_at(ref_ptr, row, steps, stride_ref_b, stride_ref_t, HAS_ALIGNED_ROWS)
+    x_ptr = row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
+    y_ptr = row_at(ref_ptr, row, steps, stride_ref_b, stride_ref_t, HAS_ALIGNED_ROWS)
     u = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(y_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:

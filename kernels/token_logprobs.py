@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels._device import one_minus_exp, soft_capped
+from fastalign.kernels._device import columns_of, one_minus_exp, row_at, soft_capped
 
 # 32 logits per thread, all loaded at once, in 80 registers: six programs fit on a multiprocessor,
 # 48 KiB of bfloat16 under way where 4.8 TB/s at a latency of 700 ns want 25 KiB on each of 132.
@@ -57,24 +57,6 @@ GENERIC = {
 }
 
 
-@triton.jit
-def _row_at(logits_ptr, row, steps, stride_b, stride_t, HAS_ALIGNED_ROWS: tl.constexpr):
-    """Row i is row i % steps of batch i // steps."""
-    x_ptr = logits_ptr + (row // steps * stride_b + row % steps * stride_t)
-    if HAS_ALIGNED_ROWS:
-        x_ptr = tl.multiple_of(x_ptr, 16)
-    return x_ptr
-
-
-@triton.jit
-def _columns(vocab, block, BLOCK_V: tl.constexpr, HAS_ALIGNED_ROWS: tl.constexpr):
-    """Columns of a block, and which of them there are."""
-    if HAS_ALIGNED_ROWS:
-        vocab = vocab // 16 * 16  # as it is; now the compiler knows
-    columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    return columns, columns < vocab
-
-
 @triton.jit(**GENERIC)
 def _row_parts_kernel(
     logits_ptr,  # [N / steps, steps, V]
@@ -97,8 +79,8 @@ def _row_parts_kernel(
     if tl.load(targets_ptr + row) == ignore_index:
         return
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row * stride_temperature)
-    x_ptr = _row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
-    columns, inside = _columns(vocab, block, BLOCK_V, HAS_ALIGNED_ROWS)
+    x_ptr = row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
+    columns, inside = columns_of(vocab, block, BLOCK_V, HAS_ALIGNED_ROWS)
     u = tl.load(x_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
     if HAS_SOFTCAP:
         u = tl.where(inside, soft_capped(u, softcap), float("-inf"))
@@ -169,7 +151,7 @@ def _row_stats_kernel(
     log_sum = tl.log(total)
     # A target outside the row reads nothing and gives NaN: wrong input must not look like a number.
     known = (target >= 0) & (target < vocab)
-    x_ptr = _row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, False)
+    x_ptr = row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, False)
     at_target = tl.load(x_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
         at_target = soft_capped(at_target, softcap)
@@ -204,8 +186,8 @@ def _dlogits_kernel(
     HAS_ALIGNED_ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    columns, inside = _columns(vocab, tl.program_id(1), BLOCK_V, HAS_ALIGNED_ROWS)
-    out = _row_at(out_ptr, row, 1, vocab, 0, HAS_ALIGNED_ROWS) + columns
+    columns, inside = columns_of(vocab, tl.program_id(1), BLOCK_V, HAS_ALIGNED_ROWS)
+    out = row_at(out_ptr, row, 1, vocab, 0, HAS_ALIGNED_ROWS) + columns
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
         tl.store(out, tl.zeros([BLOCK_V], out_ptr.dtype.element_ty), mask=inside)
@@ -214,7 +196,7 @@ def _dlogits_kernel(
     g = tl.load(grad_logp_ptr + row)
     row_max = tl.load(row_max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
-    x_ptr = _row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
+    x_ptr = row_at(logits_ptr, row, steps, stride_logits_b, stride_logits_t, HAS_ALIGNED_ROWS)
     u = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         u = soft_capped(u, softcap)

@@ -1,4 +1,7 @@
-"""linear_loss: any loss on log-probs in one pass equals linear_logprobs and the same loss."""
+"""linear_loss: any loss on log-probs in one pass equals linear_logprobs and the same loss.
+
+Groups and gradients: tests/test_linear_loss_groups.py, tests/test_linear_loss_gradients.py.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,14 @@ from typing import Any
 import pytest
 import torch
 from heads import (
-    GROUPS,
     H,
     N,
     V,
     gradients,
     likelihood,
     make,
-    pair_loss,
     policy_loss,
-    products,
     rows,
-    segment_sum,
 )
 from torch import Tensor
 
@@ -115,164 +114,6 @@ def test_triton_rows_in_the_slabs(slab: int | None) -> None:
         results.append([out.loss, *gradients(out.loss, hidden, weight)])
     for index, (got, want) in enumerate(zip(*results, strict=True)):
         assert_no_worse(got, want, want.double(), torch.float32, grad=index > 0)
-
-
-"""Five groups of 6, 0, 15, 4 and 12 tokens."""
-
-
-@pytest.mark.parametrize("slab", [None, 16, 7], ids=["1 slab", "whole groups", "two stages"])
-def test_groups_against_autograd(slab: int | None) -> None:
-    hidden, weight, targets, _ = make(torch.float64)
-    inputs = {"sign": torch.randn(N).sign().double()}
-    logp = linear_logprobs(hidden, weight, targets)
-    want = pair_loss(logp, logp, cu_seqlens=GROUPS, **inputs).sum() / 5
-    out = linear_loss(
-        hidden,
-        weight,
-        targets,
-        pair_loss,
-        inputs,
-        groups=GROUPS,
-        workspace=rows(slab, torch.float64),
-    )
-    expected = [want, *gradients(want, hidden, weight)]
-    for got, true in zip([out.loss, *gradients(out.loss, hidden, weight)], expected, strict=True):
-        assert_no_worse(got, true, true, torch.float64, grad=true.dim() > 0)
-
-
-def test_a_group_loss_sees_whole_groups_and_their_inputs() -> None:
-    hidden, weight, targets, _ = make()
-    kept = (targets != -100).long()
-    lengths = segment_sum(kept, GROUPS).tolist()
-    seen: list[int] = []
-    factors = torch.arange(1.0, 6.0)
-
-    def record(logp: Tensor, entropy: Tensor, factor: Tensor, cu_seqlens: Tensor) -> Tensor:
-        assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(logp) and len(logp) <= 16
-        seen.extend(cu_seqlens.diff().tolist())
-        return factor * segment_sum(logp, cu_seqlens)
-
-    out = linear_loss(
-        hidden, weight, targets, record, {"factor": factors}, groups=GROUPS, workspace=rows(16)
-    )
-    assert seen == lengths
-    expected = (factors * segment_sum(out.logp, GROUPS)).sum() / 5
-    assert_no_worse(out.loss, expected, expected.double(), torch.float32)
-
-
-def test_learned_inputs_of_groups_get_their_gradient() -> None:
-    hidden, weight, targets, _ = make()
-    scale = torch.ones(5, requires_grad=True)
-
-    def scaled(logp: Tensor, entropy: Tensor, scale: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return scale * segment_sum(logp, cu_seqlens)
-
-    for slab in (None, 16, 7):
-        out = linear_loss(
-            hidden, weight, targets, scaled, {"scale": scale}, groups=GROUPS, workspace=rows(slab)
-        )
-        (got,) = gradients(out.loss, scale)
-        want = segment_sum(out.logp, GROUPS) / 5
-        assert_no_worse(got, want, want.double(), torch.float32, grad=True)
-
-
-@pytest.mark.parametrize(
-    ("hidden_grad", "weight_grad", "slab", "expected"),
-    [
-        (True, True, None, 3),
-        (True, False, None, 2),
-        (False, True, None, 2),
-        (False, False, None, 1),
-        (True, True, 32, 6),  # two slabs
-    ],
-)
-def test_number_of_products(
-    hidden_grad: bool, weight_grad: bool, slab: int | None, expected: int
-) -> None:
-    hidden, weight, targets, inputs = make()
-    targets = targets.clamp(min=0)
-    h, w = hidden.detach().requires_grad_(hidden_grad), weight.detach().requires_grad_(weight_grad)
-
-    def step() -> None:
-        loss = linear_loss(h, w, targets, likelihood, workspace=rows(slab)).loss
-        if loss.requires_grad:
-            loss.backward()
-
-    assert products(step) == expected
-
-
-def test_two_stages_take_four_products() -> None:
-    hidden, weight, targets, _ = make()
-    inputs = {"sign": torch.ones(N)}
-    targets = targets.clamp(min=0)
-    slabs = 3
-
-    def step() -> None:
-        linear_loss(
-            hidden, weight, targets, pair_loss, inputs, groups=GROUPS, workspace=rows(14)
-        ).loss.backward()
-
-    assert products(step) == 4 * slabs
-
-
-def test_no_gradient_under_no_grad_and_the_same_loss() -> None:
-    hidden, weight, targets, inputs = make()
-    with torch.no_grad():
-        out = linear_loss(hidden, weight, targets, policy_loss, inputs)
-    assert not out.loss.requires_grad
-    again = linear_loss(hidden, weight, targets, policy_loss, inputs)
-    assert torch.equal(out.loss, again.loss) and again.loss.requires_grad
-    assert not again.logp.requires_grad and not again.entropy.requires_grad
-
-
-def test_upstream_gradient_and_retained_graph() -> None:
-    hidden, weight, targets, inputs = make()
-    loss = linear_loss(hidden, weight, targets, policy_loss, inputs).loss
-    (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
-    kept = once.clone()
-    (thrice,) = torch.autograd.grad(3.0 * loss, weight, retain_graph=True)
-    (last,) = torch.autograd.grad(loss, weight)
-    assert torch.equal(thrice, 3.0 * kept)
-    assert torch.equal(last, kept)
-    assert torch.equal(once, kept)
-
-
-def test_gradient_accumulation_over_micro_batches() -> None:
-    """Two halves with the whole batch's normalizer add up to the whole."""
-    hidden, weight, targets, inputs = make()
-    count = int((targets != -100).sum())
-    whole = linear_loss(hidden, weight, targets, policy_loss, inputs)
-    want = gradients(whole.loss, hidden, weight)
-    hidden.grad = weight.grad = None
-    total = 0.0
-    for part in (slice(0, 20), slice(20, N)):
-        cut = {k: x[part] if isinstance(x, Tensor) and x.dim() else x for k, x in inputs.items()}
-        loss = linear_loss(
-            hidden[part], weight, targets[part], policy_loss, cut, normalizer=count
-        ).loss
-        loss.backward()
-        total += loss.item()
-    assert total == pytest.approx(whole.loss.item(), rel=1e-5)
-    for got, true in zip((hidden.grad, weight.grad), want, strict=True):
-        assert got is not None
-        assert_no_worse(got, true, true.double(), torch.float32, grad=True)
-
-
-def test_tied_embeddings() -> None:
-    """The same weight makes the hidden states and reads them: both gradients add up."""
-    _, weight, targets, _ = make(torch.float64)
-    tokens = torch.randint(V, (N,))
-    results = []
-    for fused in (True, False):
-        w = weight.detach().clone().requires_grad_()
-        hidden = torch.tanh(torch.nn.functional.embedding(tokens, w))
-        if fused:
-            loss = linear_loss(hidden, w, targets, likelihood, workspace=rows(8, w.dtype)).loss
-        else:
-            t = torch.ones(1, dtype=torch.float64)
-            loss = linear_loss_reference(hidden, w, targets, likelihood, {}, None, t)
-        results.append(gradients(loss, w)[0])
-    assert_no_worse(results[0], results[1], results[1], torch.float64, grad=True)
 
 
 @pytest.mark.parametrize("normalizer", [8.0, torch.tensor(8.0)], ids=["number", "tensor"])
@@ -417,14 +258,6 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     assert torch.equal(quiet, loud) and weight.grad is not None
 
 
-def test_second_derivatives_are_refused() -> None:
-    hidden, weight, targets, _ = make()
-    loss = linear_loss(hidden, weight, targets, likelihood).loss * weight.sum()
-    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_hand_worked_likelihood() -> None:
     """One token, hidden 1, weights 0 and ln 3: p = (1/4, 3/4), target 1, loss = -ln(3/4).
 
@@ -437,20 +270,6 @@ def test_hand_worked_likelihood() -> None:
     assert out.loss.item() == pytest.approx(0.2876821, rel=1e-5)
     assert dh.item() == pytest.approx(-0.25 * 1.0986123, rel=1e-5)
     assert dw[:, 0].tolist() == pytest.approx([0.25, -0.25], rel=1e-5)
-
-
-def test_gradcheck() -> None:
-    hidden, weight, targets = peaked_head(4, 3, 9, dtype=torch.float64)
-    targets[1] = -100
-    values = torch.randn(4, dtype=torch.float64, requires_grad=True)
-
-    def f(h: Tensor, w: Tensor, v: Tensor) -> Tensor:
-        def loss(logp: Tensor, entropy: Tensor, values: Tensor) -> Tensor:
-            return logp * values + entropy**2
-
-        return linear_loss(h, w, targets, loss, {"values": v}, softcap=4.0, workspace=2 * 72).loss
-
-    assert torch.autograd.gradcheck(f, (hidden.requires_grad_(), weight.requires_grad_(), values))
 
 
 def test_losses_of_the_library_fit() -> None:

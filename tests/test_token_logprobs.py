@@ -290,6 +290,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"shape \(2,\).*got.*\(3,\)",
     ),
     "targets dtype": (dict(targets=torch.zeros(2, dtype=torch.int32)), "int64.*got.*int32"),
+    "targets device": (
+        dict(targets=torch.zeros(2, dtype=torch.int64, device="meta")),
+        "on cpu, got.*on meta",
+    ),
     "logits dtype": (dict(logits=torch.zeros(2, 5, dtype=torch.int64)), "float logits.*int64"),
     "no columns": (dict(logits=torch.zeros(2, 0)), r"V >= 1.*\(2, 0\)"),
     "temperature zero": (dict(temperature=0.0), "temperature > 0, got 0.0"),
