@@ -15,6 +15,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 BACKENDS = ("reference", "cpp", "triton")
 
@@ -64,6 +65,12 @@ class backend:  # noqa: N801 - used as a function: `with fastalign.backend("cpp"
 def triton_interpreted() -> bool:
     """Whether Triton's interpreter runs kernels (``TRITON_INTERPRET=1``): on CPU tensors too."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether an op may run without the dispatcher, whose 0.1 to 0.2 ms for many arguments are more
+    than a small op takes: not with tracers, and tensors that only stand for others."""
+    return type(tensor) in (Tensor, Parameter) and not torch.compiler.is_compiling()
 
 
 def choose(op: str, tensor: Tensor) -> str:

@@ -16,8 +16,8 @@ from fastalign import losses
 from fastalign.ops import linear_kl, linear_logprobs, policy_loss, token_kl, token_logprobs
 from fastalign.ops.linear_kl import linear_kl_backward
 from fastalign.ops.linear_logprobs import linear_logprobs_backward
-from fastalign.ops.token_kl import kl_dlogits_out, kl_stats
-from fastalign.ops.token_logprobs import dlogits_out, row_stats
+from fastalign.ops.token_kl import kl_dlogits_out_op, kl_stats
+from fastalign.ops.token_logprobs import dlogits_out_op, row_stats
 
 SIZES = (30, 31, 33, 40, 57, 64)
 TEMPERATURES = (0.5, 0.6, 0.8, 1.0, 1.3, 0.5)
@@ -90,10 +90,10 @@ def test_gradients_in_place_pass_opcheck() -> None:
     settings = (y, torch.ones(1), 4.0, -1)
     known = row_stats(x, *settings)
     for e in (g, None):
-        torch.library.opcheck(dlogits_out, (x.clone(), g, e, x, *settings, *known))
+        torch.library.opcheck(dlogits_out_op, (x.clone(), g, e, x, *settings, *known))
     stats = kl_stats(x, r, *settings)
     known_kl = [*stats[:5], *stats[6:]]
-    torch.library.opcheck(kl_dlogits_out, (x.clone(), g, None, g, x, r, *settings, *known_kl))
+    torch.library.opcheck(kl_dlogits_out_op, (x.clone(), g, None, g, x, r, *settings, *known_kl))
 
 
 @pytest.mark.parametrize("need", [[True, True, True], [True, False, False], [False, True, False]])

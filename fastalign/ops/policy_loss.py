@@ -28,9 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
-from fastalign.backend import choose
+from fastalign.backend import choose, plain
 from fastalign.losses.value import ValueLoss
 from fastalign.ops.policy_reduce import (
     Layout,
@@ -231,8 +230,7 @@ def _reduced(
     scale, own = shares(op, policy.reduction, layout, x.leading, policy.per_sequence)
     x = x._replace(mask=mask, scale=scale)
     normalizer = own if normalizer is None else normalizer
-    # Tracers, and tensors that only stand for others, need the op.
-    if type(x.leading) in (Tensor, Parameter) and not torch.compiler.is_compiling():
+    if plain(x.leading):
         found: list[Tensor] = []
         entropy = x.entropy if form.entropy_coef else None
         loss = _PolicyLoss.apply(form, x, normalizer, found, x.logp, entropy, x.values)

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose
+from fastalign.backend import choose, plain
 from fastalign.losses.inputs import constants, wide
 from fastalign.losses.ratio import exact_kl_coef
 from fastalign.ops.policy_reduce import take_tokens
 from fastalign.ops.policy_terms import Form, Tokens, form_of, terms_reference
 
 
-@torch.library.custom_op("fastalign::policy_loss_terms", mutates_args=())
-def policy_loss_terms_op(
+def _terms(
     kind: int,
     kl: int,
     coefficients: list[float],
@@ -48,6 +47,11 @@ def policy_loss_terms_op(
     terms = terms_reference(form, x)
     slope = torch.full_like(terms.policy, -form.entropy_coef) if form.entropy_coef else none
     return terms.policy, terms.slope, slope
+
+
+policy_loss_terms_op = torch.library.custom_op(
+    "fastalign::policy_loss_terms", _terms, mutates_args=()
+)
 
 
 @policy_loss_terms_op.register_fake
@@ -100,7 +104,8 @@ def policy_loss_terms(
         raise ValueError(f"{type(loss).__name__}: missing inputs: entropy (entropy_coef is not 0)")
     entropy = None if entropy is None else entropy.detach()
     x = take_tokens(wide(logp.detach()), entropy, found)
-    values, slope, entropy_slope = policy_loss_terms_op(form.kind, form.kl, list(form[2:]), *x[:6])
+    call: Any = _terms if plain(logp) else policy_loss_terms_op
+    values, slope, entropy_slope = call(form.kind, form.kl, list(form[2:]), *x[:6])
     kl_coef = exact_kl_coef(loss)
     if kl_coef:
         values = values + kl_coef * found["kl"].detach()

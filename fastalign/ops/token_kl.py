@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose
+from fastalign.backend import choose, plain
 from fastalign.ops.token_logprobs import (
     FLOAT_DTYPES,
     accumulation_dtype,
@@ -183,8 +183,7 @@ def _(
     return a, b, c, d, e, f, g, h
 
 
-@torch.library.custom_op("fastalign::kl_dlogits_out", mutates_args=("out",))
-def kl_dlogits_out(
+def _write_kl_dlogits(
     out: Tensor,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
@@ -203,25 +202,10 @@ def kl_dlogits_out(
     ref_row_max: Tensor,
     mean_gap: Tensor,
 ) -> None:
-    """Writes dL/dlogits into ``out``, contiguous, which may be ``logits`` itself."""
     args = (
-        grad_logp,
-        grad_entropy,
-        grad_kl,
-        logits,
-        ref_logits,
-        targets,
-        temperature,
-        softcap,
-        ignore_index,
-        logp,
-        entropy,
-        row_max,
-        log_sum,
-        kl,
-        ref_row_max,
-        mean_gap,
-    )
+        grad_logp, grad_entropy, grad_kl, logits, ref_logits, targets, temperature, softcap,
+        ignore_index, logp, entropy, row_max, log_sum, kl, ref_row_max, mean_gap,
+    )  # fmt: skip
     which = choose("kl_dlogits", logits)
     if which == "triton":
         from fastalign.kernels.token_kl import kl_dlogits_fwd
@@ -233,9 +217,21 @@ def kl_dlogits_out(
         out.copy_(kl_dlogits_reference(*args))
 
 
-@kl_dlogits_out.register_fake
+kl_dlogits_out_op = torch.library.custom_op(
+    "fastalign::kl_dlogits_out", _write_kl_dlogits, mutates_args=("out",)
+)
+
+
+@kl_dlogits_out_op.register_fake
 def _(out: Tensor, *args: Any) -> None:
     pass
+
+
+def kl_dlogits_out(out: Tensor, *args: Any) -> None:
+    """Writes what ``kl_dlogits`` gives for ``args`` into ``out``, contiguous, which may be
+    ``logits`` itself."""
+    write = _write_kl_dlogits if plain(out) else kl_dlogits_out_op
+    write(out, *args)
 
 
 @torch.library.custom_op("fastalign::kl_dlogits", mutates_args=())

@@ -29,7 +29,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose
+from fastalign.backend import choose, plain
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -137,8 +137,7 @@ def _(
     return one, torch.empty_like(one), torch.empty_like(one), torch.empty_like(one)
 
 
-@torch.library.custom_op("fastalign::dlogits_out", mutates_args=("out",))
-def dlogits_out(
+def _write_dlogits(
     out: Tensor,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
@@ -152,20 +151,10 @@ def dlogits_out(
     row_max: Tensor,
     log_sum: Tensor,
 ) -> None:
-    """Writes dL/dlogits into ``out``, contiguous, which may be ``logits`` itself."""
     args = (
-        grad_logp,
-        grad_entropy,
-        logits,
-        targets,
-        temperature,
-        softcap,
-        ignore_index,
-        logp,
-        entropy,
-        row_max,
-        log_sum,
-    )
+        grad_logp, grad_entropy, logits, targets, temperature, softcap, ignore_index, logp, entropy,
+        row_max, log_sum,
+    )  # fmt: skip
     which = choose("dlogits", logits)
     if which == "triton":
         from fastalign.kernels.token_logprobs import dlogits_fwd
@@ -177,9 +166,21 @@ def dlogits_out(
         out.copy_(dlogits_reference(*args))
 
 
-@dlogits_out.register_fake
+dlogits_out_op = torch.library.custom_op(
+    "fastalign::dlogits_out", _write_dlogits, mutates_args=("out",)
+)
+
+
+@dlogits_out_op.register_fake
 def _(out: Tensor, *args: Any) -> None:
     pass
+
+
+def dlogits_out(out: Tensor, *args: Any) -> None:
+    """Writes what ``dlogits`` gives for ``args`` into ``out``, contiguous, which may be the logits
+    themselves."""
+    write = _write_dlogits if plain(out) else dlogits_out_op
+    write(out, *args)
 
 
 @torch.library.custom_op("fastalign::dlogits", mutates_args=())
