@@ -11,9 +11,10 @@ g, e and c are known as soon as a slab's log-probs are, while its logits are sti
 So the forward pass already forms the gradients: three matrix products, where recomputing the logits
 takes four. The backward pass only multiplies by the upstream gradient.
 
-fastalign/ops/linear_loss_walk.py walks the slabs, linear_loss_call.py calls the loss, slab.py holds
-the products, plan.py the choice of slabs. The row kernels are those of token_logprobs and token_kl
-(csrc/token_logprobs.cpp, kernels/token_logprobs.py), the loss objects' is policy_loss's.
+fastalign/ops/linear_loss_checks.py has the checks, linear_loss_walk.py walks the slabs,
+linear_loss_call.py calls the loss, slab.py holds the products, plan.py the choice of slabs. The row
+kernels are those of token_logprobs and token_kl (csrc/token_logprobs.cpp,
+kernels/token_logprobs.py), the loss objects' is policy_loss's.
 
 Tests: tests/test_linear_loss.py. Benchmark: benchmarks/bench_linear_loss.py.
 """
@@ -27,12 +28,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign.losses.ratio import exact_kl_coef
 from fastalign.ops.linear_logprobs import linear_logprobs_reference
-from fastalign.ops.linear_loss_call import FROM_REFERENCE, Loss, accepted, sequences_per_value
-from fastalign.ops.linear_loss_walk import Call, Reference, Walk
-from fastalign.ops.policy_loss_terms import fused
-from fastalign.ops.policy_reduce import REDUCTIONS
+from fastalign.ops.linear_loss_call import Loss, accepted
+from fastalign.ops.linear_loss_checks import (
+    OP,
+    at_hand,
+    check_inputs,
+    check_loss,
+    check_reduction,
+    checked_groups,
+    checked_normalizer,
+    checked_reference,
+    checked_weight_grad,
+    number_of_groups,
+)
+from fastalign.ops.linear_loss_walk import Call, Walk
 from fastalign.ops.slab import (
     IGNORE_NOTHING,
     check_head,
@@ -40,10 +50,7 @@ from fastalign.ops.slab import (
     follow_autocast,
     without_autocast,
 )
-from fastalign.ops.token_kl import check_same_precision
-from fastalign.ops.token_logprobs import accumulation_dtype, check_targets, temperature_tensor
-
-OP = "linear_loss"
+from fastalign.ops.token_logprobs import check_targets, temperature_tensor
 
 
 class LossOutput(NamedTuple):
@@ -115,18 +122,13 @@ class _LinearLoss(torch.autograd.Function):
             _check_upstream(ctx, grad_loss)
         factor = grad_loss * ctx.share
         # Where looking at the factor is free, multiplying dW by one is not.
-        if _at_hand(factor) and factor == 1.0 and ctx.dtypes[0] != torch.float16:
+        if at_hand(factor) and factor == 1.0 and ctx.dtypes[0] != torch.float16:
             return None, *ctx.saved_tensors
         dtypes = [*ctx.dtypes, *(None if g is None else g.dtype for g in ctx.saved_tensors[3:])]
         return None, *(
             None if g is None else _times(g, factor, dtype)
             for g, dtype in zip(ctx.saved_tensors, dtypes, strict=True)
         )
-
-
-def _at_hand(x: Tensor) -> bool:
-    """Whether the value can be looked at without a wait (a fake tensor has none)."""
-    return x.device.type == "cpu" and type(x) is Tensor
 
 
 def _check_upstream(ctx: Any, grad_loss: Tensor) -> None:
@@ -137,7 +139,7 @@ def _check_upstream(ctx: Any, grad_loss: Tensor) -> None:
             "weight's gradient was added once, in the forward pass"
         )
     ctx.went_backward = True
-    if not _at_hand(grad_loss):
+    if not at_hand(grad_loss):
         torch._assert_async(grad_loss == 1.0, f"{OP}: weight_grad with an upstream gradient")
     elif grad_loss != 1.0:
         raise ValueError(
@@ -251,19 +253,19 @@ def linear_loss(
     check_head(OP, hidden, weight, bias)
     vocab = weight.shape[0]
     check_targets(OP, targets, hidden.shape[:1], hidden.device, vocab, ignore_index)
-    bounds = None if groups is None else _checked_groups(groups, hidden.shape[0], inputs)
+    bounds = None if groups is None else checked_groups(groups, hidden.shape[0], inputs)
     n_groups = None
     if bounds is not None and accepted(loss, "cu_seqlens"):
-        n_groups = _number_of_groups(loss, bounds)
-    _check_inputs(inputs, hidden, n_groups, bounds)
+        n_groups = number_of_groups(loss, bounds)
+    check_inputs(inputs, hidden, n_groups, bounds)
     if reduction is None:
         reduction = getattr(loss, "reduction", None)
-    _check_reduction(loss, reduction, bounds is not None, n_groups is not None)
+    check_reduction(loss, reduction, bounds is not None, n_groups is not None)
     grad = torch.is_grad_enabled()
     learned = tuple(
         name for name, x in inputs.items() if grad and isinstance(x, Tensor) and x.requires_grad
     )
-    _check_loss(loss, learned, ref_hidden is not None)
+    check_loss(loss, learned, ref_hidden is not None)
     call = Call(
         targets=targets,
         temperature=temperature_tensor(OP, temperature, hidden, targets.shape),
@@ -272,11 +274,11 @@ def linear_loss(
         loss=loss,
         inputs=inputs,
         learned=learned,
-        normalizer=_checked_normalizer(normalizer),
+        normalizer=checked_normalizer(normalizer),
         groups=bounds,
         reduction=reduction,
-        reference=_checked_reference(hidden, weight, ref_hidden, ref_weight, ref_bias, inputs),
-        weight_grad=_checked_weight_grad(weight_grad, weight),
+        reference=checked_reference(hidden, weight, ref_hidden, ref_weight, ref_bias, inputs),
+        weight_grad=checked_weight_grad(weight_grad, weight),
         workspace=workspace,
         batch_invariant=batch_invariant,
         need=(
@@ -291,157 +293,3 @@ def linear_loss(
             call, hidden, weight, bias, *(inputs[name] for name in learned)
         )
     return LossOutput(loss_value, logp, entropy, call.metrics, *others)
-
-
-def _check_loss(loss: Loss, learned: tuple[str, ...], has_reference: bool) -> None:
-    """What the objects of fastalign.losses ask for beyond their inputs."""
-    name = type(loss).__name__
-    per_sequence = getattr(loss, "per_sequence", False)
-    if learned and (fused(loss) or per_sequence):
-        raise ValueError(
-            f"{OP}: expected constants, because {name} has no gradient in its inputs; "
-            f"{', '.join(learned)} requires grad"
-        )
-    if exact_kl_coef(loss) and not has_reference:
-        raise ValueError(f"{OP}: expected ref_hidden and ref_weight for the exact KL of {loss}")
-    if has_reference and not hasattr(loss, "required"):
-        if not any(accepted(loss, given) for given in FROM_REFERENCE):
-            raise ValueError(
-                f"{OP}: ref_hidden is given, so expected a loss that takes kl or ref_logp, "
-                f"got {loss}"
-            )
-
-
-def _check_reduction(loss: Loss, reduction: str | None, groups: bool, per_group: bool) -> None:
-    if reduction not in (None, *REDUCTIONS):
-        raise ValueError(
-            f"{OP}: expected reduction to be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
-        )
-    if reduction == "sequence_mean" and not groups:
-        raise ValueError(f"{OP}: expected groups, the sequences of a sequence_mean")
-    if reduction == "sequence_mean" and sequences_per_value(loss) > 1:
-        raise ValueError(f"{OP}: expected reduction sum or None (the mean over pairs) for {loss}")
-    if reduction == "token_mean" and per_group:
-        raise ValueError(f"{OP}: expected reduction sequence_mean or sum for a loss per group")
-
-
-def _checked_normalizer(normalizer: float | Tensor | None) -> float | Tensor | None:
-    if isinstance(normalizer, Tensor):
-        if normalizer.requires_grad:
-            raise ValueError(f"{OP}: normalizer has no gradient, got a tensor that requires grad")
-        if normalizer.dim() != 0:
-            raise ValueError(
-                f"{OP}: expected normalizer as a number or a 0-d tensor, "
-                f"got shape {tuple(normalizer.shape)}"
-            )
-        if _at_hand(normalizer) and not normalizer > 0:
-            raise ValueError(f"{OP}: expected normalizer > 0, got {normalizer.item()}")
-        return normalizer.detach()
-    if normalizer is not None and not normalizer > 0:
-        raise ValueError(f"{OP}: expected normalizer > 0, got {normalizer}")
-    return normalizer
-
-
-def _checked_groups(groups: Tensor | Sequence[int], n: int, inputs: dict[str, Any]) -> list[int]:
-    """cu_seqlens on the host."""
-    if isinstance(groups, Tensor):
-        if groups.dim() != 1 or groups.is_floating_point():
-            raise ValueError(
-                f"{OP}: expected groups as integer cu_seqlens of shape [G + 1], "
-                f"got shape {tuple(groups.shape)}, {groups.dtype}"
-            )
-        groups = groups.tolist()
-    bounds = list(groups)
-    if len(bounds) < 2:
-        raise ValueError(f"{OP}: expected groups [G + 1] with G >= 1, got {len(bounds)} bounds")
-    if "cu_seqlens" in inputs:
-        raise ValueError(f"{OP}: expected no input named cu_seqlens beside groups")
-    if bounds[0] != 0 or bounds[-1] != n or bounds != sorted(bounds):
-        raise ValueError(
-            f"{OP}: expected groups to rise from 0 to N = {n}, got {bounds[:3]}..{bounds[-1]}"
-        )
-    return bounds
-
-
-def _number_of_groups(loss: Loss, bounds: list[int]) -> int:
-    per = sequences_per_value(loss)
-    if (len(bounds) - 1) % per:
-        raise ValueError(
-            f"{OP}: expected groups with {per} sequences for each value of {loss}, "
-            f"got {len(bounds) - 1}"
-        )
-    return (len(bounds) - 1) // per
-
-
-def _checked_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    inputs: dict[str, Any],
-) -> Reference | None:
-    if ref_hidden is None or ref_weight is None:
-        if not (ref_hidden is ref_weight is ref_bias is None):
-            raise ValueError(f"{OP}: expected ref_hidden and ref_weight together, got one of them")
-        return None
-    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
-    ref_bias = None if ref_bias is None else ref_bias.detach()
-    ref_hidden, ref_weight, ref_bias = follow_autocast(ref_hidden, ref_weight, ref_bias)
-    check_head(f"{OP} (reference)", ref_hidden, ref_weight, ref_bias)
-    check_same_precision(OP, "ref_hidden", ref_hidden, hidden)
-    fits = ref_hidden.shape[0] == hidden.shape[0] and ref_weight.shape[0] == weight.shape[0]
-    if not fits or ref_hidden.device != hidden.device:
-        raise ValueError(
-            f"{OP}: expected ref_hidden [{hidden.shape[0]}, H'] and ref_weight "
-            f"[{weight.shape[0]}, H'] on {hidden.device}, got {tuple(ref_hidden.shape)} and "
-            f"{tuple(ref_weight.shape)} on {ref_hidden.device}"
-        )
-    for name in FROM_REFERENCE:
-        if name in inputs:
-            raise ValueError(f"{OP}: expected no input named {name} beside ref_hidden")
-    return Reference(ref_hidden, ref_weight, ref_bias)
-
-
-def _checked_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> Tensor | None:
-    if weight_grad is None:
-        return None
-    dtype = accumulation_dtype(weight.dtype)
-    if (
-        weight_grad.shape != weight.shape
-        or weight_grad.dtype != dtype
-        or weight_grad.device != weight.device
-        or not weight_grad.is_contiguous()
-        or weight_grad.requires_grad
-    ):
-        raise ValueError(
-            f"{OP}: expected weight_grad as a contiguous {dtype} buffer of shape "
-            f"{tuple(weight.shape)} on {weight.device}, got {weight_grad.dtype}, "
-            f"{tuple(weight_grad.shape)} on {weight_grad.device}"
-        )
-    return weight_grad
-
-
-def _check_inputs(
-    inputs: dict[str, Any], hidden: Tensor, n_groups: int | None, bounds: list[int] | None
-) -> None:
-    n = hidden.shape[0]
-    sizes = [n] + ([] if n_groups is None else [n_groups])
-    ambiguous = n_groups == n and bounds != list(range(n + 1))
-    for name, x in inputs.items():
-        if not isinstance(x, Tensor):
-            continue
-        # A constant of 0-d on the host goes along with a launch; its gradient would be waited for.
-        if x.device != hidden.device and (x.dim() > 0 or x.requires_grad):
-            raise ValueError(f"{OP}: expected input {name!r} on {hidden.device}, got {x.device}")
-        if x.dim() > 0 and x.shape[0] not in sizes:
-            raise ValueError(
-                f"{OP}: expected input {name!r} with leading dimension "
-                f"{' or '.join(map(str, sizes))}, or 0-d, got shape {tuple(x.shape)}"
-            )
-        if x.dim() > 0 and ambiguous:
-            raise ValueError(
-                f"{OP}: expected groups of one row each where there are as many as rows, G = N = "
-                f"{n}: nothing else tells whether input {name!r} is one per row or one per group; "
-                "leave the empty groups out"
-            )
