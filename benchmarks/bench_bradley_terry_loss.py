@@ -56,6 +56,7 @@ def bench(pairs: int, heads: int, options: Any, n_cases: int) -> list[dict[str, 
     leaves = (chosen.clone().requires_grad_(), rejected.clone().requires_grad_())
     rivals: dict[str, Loss] = {"logsigmoid": logsigmoid, "head by head": head_by_head}
     if "compile" not in options.without:
+        torch.compiler.reset()  # past a number of shapes it would give up and run eagerly
         rivals["logsigmoid, compiled"] = torch.compile(logsigmoid, dynamic=False)
 
     def forward(f: Loss, counts: Tensor | None) -> Run:

@@ -72,6 +72,7 @@ def bench(samples: int, width: int, heads: int, options: Any, n_cases: int) -> l
     rows = []
     rivals: dict[str, Heads] = {"layer by layer": layer_by_layer, "one product": one_product}
     if "compile" not in options.without:
+        torch.compiler.reset()  # past a number of shapes it would give up and run eagerly
         rivals["one product, compiled"] = torch.compile(one_product, dynamic=False)
     for gathered in (False, True):
         n = 4 * samples if gathered else samples

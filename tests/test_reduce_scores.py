@@ -127,6 +127,9 @@ def test_coef_zero_is_zero(backend: str) -> None:
         for reduce in ("lcb", "uwo"):
             assert torch.equal(reduce_scores(scores, reduce, 0.0), mean)
     assert mean[0] == float("inf")
+    third = pytest.approx(1 / 3, rel=1e-6)
+    for reduce in ("mean", "lcb", "uwo"):
+        assert gradient_of(backend, scores, reduce, 0.0) == [[third] * 3] * 2
 
 
 @pytest.mark.parametrize("reduce", STATISTICS)

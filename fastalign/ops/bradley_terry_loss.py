@@ -292,4 +292,4 @@ def bradley_terry_loss(
     # Tracers, and tensors that only stand for others, need the op.
     if type(chosen) not in (Tensor, Parameter) or torch.compiler.is_compiling():
         return _bradley_terry_loss(*args)[0]
-    return _BradleyTerryLoss.apply(*args)
+    return _BradleyTerryLoss.apply(*args) if torch.is_grad_enabled() else _computed(*args)[0]

@@ -382,8 +382,10 @@ def reward_heads(
             )
     number = 0.0 if reduce is None else check_statistic("reward_heads", reduce, coef)
     # Tracers, and tensors that only stand for others, need the op.
-    plain = type(hidden) in (Tensor, Parameter) and not torch.compiler.is_compiling()
-    call = _RewardHeads.apply if plain else _reward_heads
+    if type(hidden) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+        call: Any = _reward_heads
+    else:
+        call = _RewardHeads.apply if torch.is_grad_enabled() else _computed
     scores, reduced, std = call(hidden, weight, bias, index, reduce or "mean", number)
     if reduce is None and not return_std:
         return scores
