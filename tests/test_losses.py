@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.losses import APA, AWR, GRPO, MLE, PPO, ValueLoss, effective_sample_size
+from fastalign.losses import APA, AWR, GRPO, MLE, PPO, RWR, ValueLoss, effective_sample_size
 from fastalign.losses.grpo import VARIANTS
 from fastalign.ops.gae import gae
 from fastalign.ops.whiten import whiten
@@ -69,26 +69,16 @@ def test_apa_in_the_codes_form_has_the_coefficient_on_the_other_side() -> None:
         assert round(loss.statistics(logp, None, **inputs)["residual"].item(), 12) == -4.5
 
 
-@pytest.mark.parametrize(
-    "beta, weights, size",
-    [
-        (1.0, [0.221095845, 0.479715378, 1.040846532, 2.258342245], 2.475829),
-        (0.5, None, 1.533166),
-    ],
-)
-def test_reward_weighted_regression(beta: float, weights: list | None, size: float) -> None:
-    """Rewards 1, 2, 3, 4 standardised (unbiased): AWR without a baseline; weights over their mean.
-
-    The loss on logp = -1 is the weight itself.
-    """
+@pytest.mark.parametrize("beta, size", [(1.0, 2.475829), (0.5, 1.533166)])
+def test_awr_of_standardised_rewards_is_reward_weighted(beta: float, size: float) -> None:
+    """Rewards 1, 2, 3, 4: AWR's weights over their mean are RWR's; on logp = -1 the loss is w."""
     rewards = double([1, 2, 3, 4])
     z = (rewards - rewards.mean()) / rewards.std()
     w = AWR(beta, weight_cap=None).statistics(z, None, advantages=z)["weight"]
     assert round(effective_sample_size(w).item(), 6) == size
-    if weights:
-        assert [round(x, 9) for x in (w / w.mean()).tolist()] == weights
+    assert (w / w.mean() - RWR(beta).weights(rewards)).abs().max() < 1e-12
     assert torch.equal(AWR(beta, weight_cap=None)(-torch.ones_like(z), None, advantages=z), w)
-    assert torch.equal(MLE()(-torch.ones_like(z), None, weights=w), w)
+    assert torch.equal(RWR(beta)(-torch.ones_like(z), None, weights=w), w)
 
 
 def test_awr_weights_are_capped_before_they_overflow() -> None:
@@ -238,11 +228,13 @@ def test_value_loss_worked_by_hand() -> None:
 
 LOSSES = [
     (MLE(), ("weights",)),
+    (RWR(0.5), ("weights",)),
     (APA(lambda_=0.5), ("advantages", "ref_logp")),
     (AWR(beta=0.5), ("advantages",)),
     (PPO(kl_coef=0.1, entropy_coef=0.01), ("old_logp", "advantages", "ref_logp")),
     (GRPO("dapo", kl_coef=0.1), ("old_logp", "advantages", "ref_logp")),
     (GRPO("cispo"), ("old_logp", "advantages")),
+    (GRPO(kl_coef=0.1, kl_kind="exact"), ("old_logp", "advantages", "kl")),
 ]
 
 
@@ -269,7 +261,8 @@ def test_inputs_are_constants_and_empty_is_fine(loss, names: tuple) -> None:
     logp = torch.randn(6, requires_grad=True)
     given = {name: torch.randn(6, requires_grad=True) for name in names}
     loss(logp, torch.zeros(6), **given).sum().backward()
-    assert logp.grad is not None and all(x.grad is None for x in given.values())
+    assert logp.grad is not None
+    assert all((x.grad is None) == (name != "kl") for name, x in given.items())
     assert not any(x.requires_grad for x in loss.statistics(logp, None, **given).values())
     none = torch.empty(0, 4)
     assert loss(none, none, **dict.fromkeys(names, none)).shape == (0, 4)
@@ -290,6 +283,8 @@ def test_objects_are_frozen_comparable_and_say_what_they_take() -> None:
     assert APA.required == ("advantages", "ref_logp")
     assert PPO().required == ("old_logp", "advantages")
     assert PPO(kl_coef=0.1).required == ("old_logp", "advantages", "ref_logp")
+    assert PPO(kl_coef=0.1, kl_kind="exact").required == ("old_logp", "advantages", "kl")
+    assert PPO(kl_kind="exact").required == ("old_logp", "advantages")
     with pytest.raises(dataclasses.FrozenInstanceError):
         APA(0.1).lambda_ = 1.0  # type: ignore[misc]
 
@@ -309,7 +304,7 @@ def test_objects_are_frozen_comparable_and_say_what_they_take() -> None:
         (lambda: GRPO("cispo", dual_clip=3.0), "GRPO: expected no dual_clip for cispo"),
         (lambda: PPO(clip_high=-1.0), "PPO: expected clip_high > 0"),
         (lambda: PPO(kl_coef=-0.1), "PPO: expected kl_coef >= 0"),
-        (lambda: PPO(kl_kind="k4"), "PPO: expected kl_kind to be one of k1, k2, k3"),
+        (lambda: PPO(kl_kind="k4"), "PPO: expected kl_kind to be one of k1, k2, k3, exact"),
         (lambda: PPO(entropy_coef=math.inf), "PPO: expected a finite entropy_coef"),
         (lambda: ValueLoss(clip=0.0), "ValueLoss: expected clip > 0 and finite, or None"),
     ],

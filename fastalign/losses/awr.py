@@ -83,6 +83,6 @@ def effective_sample_size(weights: Tensor, *, logs: bool = False) -> Tensor:
     if logs:
         w = torch.exp(w - torch.where(most > -math.inf, most, 0.0))
     else:
-        w = torch.where(most < math.inf, w / torch.where(most > 0.0, most, 1.0), w == most)
+        w = torch.where(most == math.inf, w == most, w / torch.where(most > 0.0, most, 1.0))
     squares = w.square().sum()
-    return torch.where(squares > 0.0, w.sum().square() / squares, 0.0)
+    return torch.where(squares == 0.0, 0.0, w.sum().square() / squares)

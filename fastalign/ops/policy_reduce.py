@@ -340,4 +340,4 @@ def _effective_sample_size(form: Form, x: Tokens, columns: tuple[Tensor, ...]) -
         return effective_sample_size(logs, logs=True)
     squares = columns[COLUMNS.index("weight_squared")]
     size = columns[COLUMNS.index("count")] * columns[COLUMNS.index("weight")].square() / squares
-    return torch.where(squares > 0.0, size, 0.0)
+    return torch.where(squares == 0.0, 0.0, size)
