@@ -212,6 +212,13 @@ def test_as_many_sequences_as_tokens() -> None:
         policy_loss(loss, numbers[0], inputs, cu_seqlens=mixed)
     with pytest.raises(ValueError, match=f"GRPO: .*{message}"):
         loss(numbers[0], None, cu_seqlens=mixed, **inputs)
+    compiled = torch.compile(loss.__call__, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        compiled(numbers[0], None, cu_seqlens=single, **inputs),
+        loss(numbers[0], None, cu_seqlens=single, **inputs),
+    )
+    with pytest.raises(RuntimeError, match=message):
+        compiled(numbers[0], None, cu_seqlens=mixed, **inputs)
     hidden, weight, targets = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4)
     linear_loss(hidden, weight, targets, loss, inputs, groups=single)
     with pytest.raises(ValueError, match="linear_loss: .*G = N = 4"):

@@ -62,6 +62,21 @@ def test_reductions_worked_by_hand(backend: str) -> None:
         assert leaf.grad.tolist() == pytest.approx([-3.0 * x for x in slopes] + [0.0], rel=1e-6)
 
 
+@pytest.mark.parametrize("n", [7, 8, 2047, 2049, 5003])
+@pytest.mark.parametrize("backend", ALL)
+def test_the_mean_counts_the_tokens_of_any_mask(backend: str, n: int) -> None:
+    """All losses are 1, and so is their mean, with any number of tokens kept."""
+    device = device_of(backend)
+    for mask in (torch.ones(n), torch.arange(n) % 3 > 0, torch.arange(n) == n - 1):
+        leaf = torch.full((n,), -1.0, device=device, requires_grad=True)
+        with fa.backend(backend):
+            loss, _ = policy_loss(MLE(), leaf, {}, mask=mask.bool().to(device))
+            loss.backward(retain_graph=True)
+            loss.backward()
+        assert leaf.grad is not None and loss.item() == pytest.approx(1.0, rel=1e-6)
+        assert leaf.grad.sum().item() == pytest.approx(-2.0, rel=1e-5)
+
+
 def test_the_losss_own_reduction_is_the_default() -> None:
     b = batch(7, 9)
     mask = torch.rand(7, 9) < 0.5
