@@ -182,6 +182,7 @@ def test_a_loss_may_change_its_arguments_in_place(
             ref_weight=reference,
             workspace=rows(40),
         )
+        assert "gain" in out.metrics
         tensors = (out.loss, out.ref_logp, *(out.metrics[k] for k in sorted(out.metrics)))
         runs.append([*tensors, *gradients(out.loss, hidden, weight)])
     assert all(torch.equal(inputs[name], x) for name, x in before.items())

@@ -212,7 +212,8 @@ def linear_loss(
         softcap: c of c * tanh(z / c), applied before the temperature; None for none.
         ignore_index: rows with this target are dropped before the first product. Counting them
             makes the host wait once for a CUDA device; ``None`` drops nothing.
-        normalizer: number or 0-d tensor to divide by in place of the reduction's own.
+        normalizer: number or 0-d tensor to divide by in place of the reduction's own. With
+            ``weight_grad`` and float16 the host waits for a CUDA tensor once.
         groups: cu_seqlens [G + 1], integers from 0 to N, not falling: the groups of a loss per
             group, the sequences of a "sequence_mean". Read by the host: one wait when it is a CUDA
             tensor, none for a list or a tensor on the CPU. With a loss object on pairs [2G + 1],
