@@ -70,3 +70,11 @@ def log1p_unit(x):
     p = p * t2 + 1.0 / 5.0
     p = p * t2 + 1.0 / 3.0
     return 2.0 * (t + t * t2 * p)
+
+
+@triton.jit
+def kl_k3(d):
+    """exp(d) - 1 - d: a series where the difference would lose its digits."""
+    series = 1.0 / 720.0 + d * (1.0 / 5040.0 + d * (1.0 / 40320.0))
+    series = 0.5 + d * (1.0 / 6.0 + d * (1.0 / 24.0 + d * (1.0 / 120.0 + d * series)))
+    return tl.where(tl.abs(d) < 0.5, d * d * series, tl.exp(d) - 1.0 - d)

@@ -129,6 +129,7 @@ def main() -> None:
     report["heads of any shape"] = distinct(aot_launches.heads_of_any_shape())
     report["bradley-terry of any shape"] = distinct(aot_launches.bradley_terry_of_any_shape())
     report["preference loss of any size"] = distinct(aot_launches.preference_loss_of_any_size())
+    report["shaping of any shape"] = distinct(aot_launches.shaping_of_any_shape())
     json.dump(report, sys.stdout)
 
 

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from fastalign.kernels.bradley_terry_loss import bradley_terry_loss_fwd
 from fastalign.kernels.gae import gae_fwd
+from fastalign.kernels.kl_estimate import kl_estimate_bwd, kl_estimate_fwd
 from fastalign.kernels.policy_loss import policy_loss_fwd, policy_loss_terms_fwd
 from fastalign.kernels.preference_loss import preference_loss_bwd, preference_loss_fwd
 from fastalign.kernels.reduce_scores import dscores_fwd, reduce_scores_fwd
 from fastalign.kernels.reward_heads import reward_heads_bwd, reward_heads_fwd
 from fastalign.kernels.token_kl import kl_dlogits_fwd, kl_stats_fwd
 from fastalign.kernels.token_logprobs import dlogits_fwd, row_stats_fwd
+from fastalign.kernels.token_rewards import token_rewards_fwd
+from fastalign.kernels.whiten import moments_fwd, whiten_bwd, whiten_by_fwd
 from fastalign.losses import APA, AWR, DPO, GRPO, KTO, MLE, PPO, XPO, SimPO
 from fastalign.losses.preference import PreferenceLoss
 from fastalign.ops.policy_terms import Form, Tokens, form_of
@@ -154,6 +157,35 @@ def preference(
 
 NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABS = {"V a multiple of 16": 128_256, "odd V": 50_257}
+
+
+def kl_estimates(dtype: torch.dtype, kind: int, n: int = 5000, start: int = 0) -> None:
+    logp = torch.empty(n + start, dtype=dtype)[start:]
+    kl_estimate_fwd(logp, logp, kind)
+    if kind > 0:
+        kl_estimate_bwd(torch.empty(n), logp, logp, kind)
+
+
+def whitening(dtype: torch.dtype, masked: bool, n: int = 5000, start: int = 0) -> None:
+    x = torch.empty(n + start, dtype=dtype)[start:]
+    mask = torch.ones(n + start, dtype=torch.bool)[start:] if masked else None
+    moments = moments_fwd(x, mask)
+    whiten_by_fwd(x, mask, moments, 1e-8, False)
+    whiten_bwd(torch.empty(n), x, mask, moments, 1e-8, True)
+
+
+def token_rewards(
+    dtype: torch.dtype, kind: int, rows: int, steps: int, packed: bool = False, full: bool = False
+) -> None:
+    """``full``: a mask, a DPO model's log-probs and finished responses."""
+    logp = torch.empty((rows * steps,) if packed else (rows, steps), dtype=dtype)
+    offsets = torch.arange(0, rows * steps + 1, steps) if packed else None
+    mask = torch.ones(logp.shape, dtype=torch.bool) if full else None
+    finished = torch.ones(rows, dtype=torch.bool) if full else None
+    inputs = (logp, logp, torch.zeros(rows), logp if full else None, finished, mask, offsets)
+    token_rewards_fwd(*inputs, kind, 0.1, 10.0, 0.05, 0.05, 1.0)
+
+
 FULL = {"kl_coef": 0.1, "entropy_coef": 0.01}
 LAUNCHES: dict[str, Launch] = {
     "policy loss, clipped, all features": lambda: policy_loss(
@@ -219,6 +251,19 @@ LAUNCHES: dict[str, Launch] = {
     "bradley-terry, 5 heads, all features": lambda: bradley_terry(5, True),
     "bradley-terry, 64 heads, all features": lambda: bradley_terry(64, True),
     "bradley-terry, 16 heads, many pairs": lambda: bradley_terry(16, True, 5000),
+    "kl estimate, k1": lambda: kl_estimates(torch.float32, 0),
+    "kl estimate, bf16, k2": lambda: kl_estimates(torch.bfloat16, 1),
+    "kl estimate, k3": lambda: kl_estimates(torch.float32, 2),
+    "kl estimate, bf16, k3": lambda: kl_estimates(torch.bfloat16, 2),
+    "whiten": lambda: whitening(torch.float32, False),
+    "whiten, bf16, mask": lambda: whitening(torch.bfloat16, True),
+    "token rewards, k1": lambda: token_rewards(torch.float32, 0, 256, 1024),
+    "token rewards, k2, packed, all features": lambda: token_rewards(
+        torch.bfloat16, 1, 256, 512, packed=True, full=True
+    ),
+    "token rewards, k3, few long rows, all features": lambda: token_rewards(
+        torch.float32, 2, 2, 50_000, full=True
+    ),
 }
 
 
@@ -333,3 +378,16 @@ def preference_loss_of_any_size() -> Iterator[Launch]:
         pairs = int(torch.randint(1, 40, (), generator=generator))
         loss = DPO(0.1 + i % 5, average=i % 2 == 0, label_smoothing=0.1 * (i % 3))
         yield partial(preference, loss, torch.float32, True, pairs, tokens)
+
+
+def shaping_of_any_shape() -> Iterator[Launch]:
+    """50 random sizes, alignments and splits of each of the three ops, with one set of features:
+    two kernels of kl_estimate, five of whiten; those of token_rewards padded and packed, and their
+    sums."""
+    generator = torch.Generator().manual_seed(6)
+    for i in range(50):
+        n = int(torch.randint(1, 100_000, (), generator=generator))
+        rows = int(torch.randint(1, 300, (), generator=generator))
+        yield partial(kl_estimates, torch.bfloat16, 2, n, i % 4)
+        yield partial(whitening, torch.bfloat16, True, n, i % 4)
+        yield partial(token_rewards, torch.bfloat16, 2, rows, max(1, n // rows), i % 2 == 0, True)

@@ -146,3 +146,8 @@ def test_bradley_terry_compiles_once(report: dict[str, Any]) -> None:
 
 def test_preference_loss_compiles_once_each_way(report: dict[str, Any]) -> None:
     assert report["preference loss of any size"] == 2
+
+
+def test_reward_shaping_compiles_once_per_feature_set(report: dict[str, Any]) -> None:
+    """kl_estimate both ways; whiten's five kernels; token_rewards padded and packed, its sum."""
+    assert report["shaping of any shape"] == 2 + 5 + 2 + 1

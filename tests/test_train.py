@@ -279,6 +279,24 @@ def test_running_moments():
     again.update(torch.tensor([[2.0], [4.0]]))
     assert again.mean == pytest.approx(2.666666667, abs=1e-9)
     assert again.std == pytest.approx(1.211060142, abs=1e-9)
+    nan = float("nan")
+    moments.update(torch.tensor([2.0, nan, 4.0]), torch.tensor([True, False, True]))
+    assert moments.state_dict() == pytest.approx(again.state_dict(), abs=1e-9)
+    apart = RunningMoments()
+    apart.merge(2, 3.0, 2.0)  # [2, 4]
+    apart.merge(4, 2.5, 5.0)  # [1, 2, 3, 4]
+    assert apart.state_dict() == pytest.approx(again.state_dict(), abs=1e-9)
+
+
+def test_rewards_are_normalized_and_clipped():
+    """Mean 3 and deviation 2: (9 - 3) / 2 = 3, held at 2; without the shift 9 / 2."""
+    moments = RunningMoments()
+    values = torch.tensor([9.0, 3.0, -4.0])
+    assert moments.normalize(values, shift_mean=False).tolist() == [9.0, 3.0, -4.0]
+    moments.update(torch.tensor([1.0, 3.0, 5.0]))
+    assert moments.normalize(values).tolist() == [3.0, 0.0, -3.5]
+    assert moments.normalize(values, clip=2.0).tolist() == [2.0, 0.0, -2.0]
+    assert moments.normalize(values, shift_mean=False).tolist() == [4.5, 1.5, -2.0]
 
 
 def test_bootstrap_draws_are_apart_and_whole():

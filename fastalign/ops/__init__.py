@@ -13,6 +13,7 @@ from fastalign.ops.reduce_scores import reduce_scores
 from fastalign.ops.reward_heads import reward_heads
 from fastalign.ops.token_kl import token_kl
 from fastalign.ops.token_logprobs import token_logprobs
+from fastalign.ops.token_rewards import token_rewards
 from fastalign.ops.whiten import whiten
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "reward_heads",
     "token_kl",
     "token_logprobs",
+    "token_rewards",
     "value_loss",
     "whiten",
 ]

@@ -6,40 +6,104 @@ With d = ref_logp - logp, for tokens sampled from pi:
     k2 = d^2 / 2                   biased, never negative; its gradient on-policy is that of the KL
     k3 = exp(d) - 1 - d            unbiased, never negative
 
-Gradients with respect to logp: 1, -d, 1 - exp(d). Nothing is clipped: k3 in float32 is inf for d >
-88.7.
+Gradients with respect to logp: 1, -d, 1 - exp(d); their negatives with respect to ref_logp. Nothing
+is clipped: k3 in float32 is inf for d > 88.7.
 
 Source: J. Schulman, "Approximating KL Divergence" (2020).
 
-Sibling file: tests/test_kl_estimate.py.
+Sibling files: csrc/kl_estimate.cpp, kernels/kl_estimate.py, tests/test_kl_estimate.py,
+benchmarks/bench_kl_estimate.py.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastalign.backend import choose
+from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
 KINDS = ("k1", "k2", "k3")
 
 
 def kl_estimate_reference(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     """The formulas above in plain PyTorch."""
-    wide = torch.promote_types(torch.promote_types(logp.dtype, ref_logp.dtype), torch.float32)
+    wide = accumulation_dtype(logp.dtype)
     d = ref_logp.to(wide) - logp.to(wide)
     if kind == "k1":
-        return -d
-    if kind == "k2":
-        return 0.5 * d.square()
-    # exp(d) - 1 would lose every digit for the small d of a policy near its reference.
-    return torch.expm1(d) - d
+        kl = -d
+    elif kind == "k2":
+        kl = 0.5 * d.square()
+    else:
+        # exp(d) - 1 would lose every digit for the small d of a policy near its reference.
+        kl = torch.expm1(d) - d
+    return kl.contiguous()
 
 
-torch.library.define("fastalign::kl_estimate", "(Tensor logp, Tensor ref_logp, str kind) -> Tensor")
-torch.library.impl("fastalign::kl_estimate", "CompositeImplicitAutograd", kl_estimate_reference)
+def kl_estimate_backward_reference(
+    grad: Tensor, logp: Tensor, ref_logp: Tensor, kind: str
+) -> Tensor:
+    """``grad`` times the derivative of k2 or k3 by logp, in the dtype of ``logp``."""
+    wide = accumulation_dtype(logp.dtype)
+    d = ref_logp.to(wide) - logp.to(wide)
+    return (grad * -(d if kind == "k2" else torch.expm1(d))).to(logp.dtype).contiguous()
+
+
+@torch.library.custom_op("fastalign::kl_estimate", mutates_args=())
+def _kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    which = choose("kl_estimate", logp)
+    if which == "triton":
+        from fastalign.kernels.kl_estimate import kl_estimate_fwd
+
+        return kl_estimate_fwd(logp, ref_logp, KINDS.index(kind))
+    if which == "cpp":
+        return torch.ops.fastalign_cpp.kl_estimate(logp, ref_logp, KINDS.index(kind))
+    return kl_estimate_reference(logp, ref_logp, kind)
+
+
+@_kl_estimate.register_fake
+def _(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    return logp.new_empty(logp.shape, dtype=accumulation_dtype(logp.dtype))
+
+
+@torch.library.custom_op("fastalign::kl_estimate_backward", mutates_args=())
+def _kl_estimate_backward(grad: Tensor, logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    which = choose("kl_estimate", logp)
+    if which == "triton":
+        from fastalign.kernels.kl_estimate import kl_estimate_bwd
+
+        return kl_estimate_bwd(grad, logp, ref_logp, KINDS.index(kind))
+    if which == "cpp":
+        return torch.ops.fastalign_cpp.kl_estimate_backward(grad, logp, ref_logp, KINDS.index(kind))
+    return kl_estimate_backward_reference(grad, logp, ref_logp, kind)
+
+
+@_kl_estimate_backward.register_fake
+def _(grad: Tensor, logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    return logp.new_empty(logp.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    *log_probs, ctx.kind = inputs
+    ctx.save_for_backward(*([] if ctx.kind == "k1" else log_probs))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    log_probs = ctx.saved_tensors  # none for k1, whose slope is 1
+    dlogp = _kl_estimate_backward(grad, *log_probs, ctx.kind) if log_probs else grad
+    needs_logp, needs_ref_logp, _ = ctx.needs_input_grad
+    return dlogp if needs_logp else None, -dlogp if needs_ref_logp else None, None
+
+
+torch.library.register_autograd("fastalign::kl_estimate", _backward, setup_context=_setup_context)
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
     """Per-token estimate of KL(pi || pi_ref) in nats, by the formulas in this module's docstring.
+
+    Differentiable, once.
 
     Args:
         logp: any shape, log-probabilities of sampled tokens under pi; bfloat16, float16, float32 or
@@ -49,15 +113,12 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
         kind: "k1", "k2" or "k3".
 
     Returns:
-        The shape of ``logp``, float32 (float64 when an input is float64).
+        The shape of ``logp``, contiguous, float32 (float64 when an input is float64).
 
     Raises:
         ValueError: an unknown kind, or shapes, dtypes or devices that do not fit.
     """
-    if kind not in KINDS:
-        raise ValueError(
-            f"kl_estimate: expected kind to be one of {', '.join(KINDS)}, got {kind!r}"
-        )
+    check_kind("kl_estimate", kind)
     if logp.shape != ref_logp.shape:
         raise ValueError(
             f"kl_estimate: expected ref_logp of the shape of logp, {tuple(logp.shape)}, "
@@ -69,8 +130,15 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
             f"got {ref_logp.device}"
         )
     for name, tensor in (("logp", logp), ("ref_logp", ref_logp)):
-        if not tensor.is_floating_point():
+        if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"kl_estimate: expected {name} of a floating dtype, got {tensor.dtype}"
             )
-    return torch.ops.fastalign.kl_estimate(logp, ref_logp, kind)
+    dtype = torch.promote_types(logp.dtype, ref_logp.dtype)
+    return _kl_estimate(logp.to(dtype), ref_logp.to(dtype), kind)
+
+
+def check_kind(op: str, kind: str) -> None:
+    """ValueError unless ``kind`` is one of KINDS."""
+    if kind not in KINDS:
+        raise ValueError(f"{op}: expected kind to be one of {', '.join(KINDS)}, got {kind!r}")

@@ -1,73 +1,262 @@
 """Masked whitening of advantages or rewards to mean 0 and variance 1.
 
     mean = sum x / n,   var = sum (x - mean)^2 / (n - 1)      over the n cells that the mask keeps
-    y    = (x - mean) / sqrt(var + 1e-8)                      (+ mean when shift_mean is False)
+    y    = (x - mean) / sqrt(var + eps)                       (+ mean when shift_mean is False)
 
 The variance is the unbiased one (ddof = 1), as in the single-process code of APA (arXiv
-2306.02231). With one cell the variance is taken as 0, so y = 0 (or the cell itself when shift_mean
-is False).
+2306.02231), in TRL and in verl. With one cell the variance is taken as 0, so y = 0 (or the cell
+itself when shift_mean is False).
 
-Sibling file: tests/test_whiten.py.
+Several ranks, each with its own cells: their (n, mean, M2 = sum (x - mean)^2) are gathered and
+merged in the order of the ranks, so that all of them have the same statistics to the last bit:
+
+    n = n_a + n_b,   mean = mean_a + delta n_b / n,   M2 = M2_a + M2_b + delta^2 n_a n_b / n,
+    delta = mean_b - mean_a
+
+Source: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+Variances" (1979).
+
+Sibling files: csrc/whiten.cpp, kernels/whiten.py, tests/test_whiten.py, benchmarks/bench_whiten.py.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-EPS = 1e-8
+from fastalign.backend import choose
+from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
 
-def whiten_reference(x: Tensor, mask: Tensor | None, shift_mean: bool) -> Tensor:
-    """The formula above in plain PyTorch; the mean is taken twice, against its rounding."""
-    x = x if x.dtype == torch.float64 else x.float()
+def moments_reference(x: Tensor, mask: Tensor | None) -> Tensor:
+    """float64 [3]: n, mean, M2 of the kept cells; the mean is taken twice, against its rounding."""
+    x = x.double()
     kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    zero = torch.zeros_like(x)
-    x = torch.where(kept, x, zero)
-    count = kept.sum()
-    mean = x.sum() / count.clamp(min=1)
-    centred = torch.where(kept, x - mean, zero)
-    # Equal cells would otherwise all be off by the rounding of their mean, which is then scaled up.
-    centred = torch.where(kept, centred - centred.sum() / count.clamp(min=1), zero)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
-    y = centred * torch.rsqrt(variance + EPS)
-    return y if shift_mean else torch.where(kept, y + mean, zero)
+    x = torch.where(kept, x, 0.0)
+    count = kept.sum().double()
+    mean = x.sum() / count.clamp(min=1.0)
+    mean = mean + torch.where(kept, x - mean, 0.0).sum() / count.clamp(min=1.0)
+    return torch.stack([count, mean, torch.where(kept, x - mean, 0.0).square().sum()])
 
 
-torch.library.define("fastalign::whiten", "(Tensor x, Tensor? mask, bool shift_mean) -> Tensor")
-torch.library.impl("fastalign::whiten", "CompositeImplicitAutograd", whiten_reference)
+def whiten_by_reference(
+    x: Tensor, mask: Tensor | None, moments: Tensor, eps: float, shift_mean: bool
+) -> Tensor:
+    """``x`` whitened by given moments, in plain PyTorch."""
+    count, mean, squares = moments.unbind()
+    y = (x.double() - mean) * torch.rsqrt(squares / (count - 1.0).clamp(min=1.0) + eps)
+    y = y if shift_mean else y + mean
+    y = y if mask is None else torch.where(mask, y, 0.0)
+    return y.to(accumulation_dtype(x.dtype)).contiguous()
 
 
-def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True) -> Tensor:
+def whiten_reference(x: Tensor, mask: Tensor | None, eps: float, shift_mean: bool) -> Tensor:
+    """The first formulas above in plain PyTorch."""
+    if mask is not None:  # autograd would multiply what stands in masked cells by 0
+        x = x.masked_fill(~mask, 0.0)
+    return whiten_by_reference(x, mask, moments_reference(x, mask), eps, shift_mean)
+
+
+def whiten_backward_reference(
+    grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor, eps: float, shift_mean: bool
+) -> Tensor:
+    """dx = (g - sum g / n - z sum(g z) / (n - 1)) / sqrt(var + eps), z being the whitened x;
+    + sum g / n when shift_mean is False."""
+    count, _, squares = moments.unbind()
+    kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    g = torch.where(kept, grad.double(), 0.0)
+    z = whiten_by_reference(x.double(), kept, moments, eps, True)
+    plain = g.sum() / count.clamp(min=1.0)
+    along = (g * z).sum() / (count - 1.0).clamp(min=1.0)
+    scale = torch.rsqrt(squares / (count - 1.0).clamp(min=1.0) + eps)
+    dx = scale * (g - plain - along * z) + (0.0 if shift_mean else plain)
+    return torch.where(kept, dx, 0.0).to(x.dtype).contiguous()
+
+
+@torch.library.custom_op("fastalign::moments", mutates_args=())
+def _moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    which = choose("moments", x)
+    if which == "triton":
+        from fastalign.kernels.whiten import moments_fwd
+
+        return moments_fwd(x, mask)
+    if which == "cpp":
+        return torch.ops.fastalign_cpp.moments(x, mask)
+    return moments_reference(x, mask)
+
+
+@_moments.register_fake
+def _(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x.new_empty(3, dtype=torch.float64)
+
+
+@torch.library.custom_op("fastalign::whiten_by", mutates_args=())
+def _whiten_by(
+    x: Tensor, mask: Tensor | None, moments: Tensor, eps: float, shift_mean: bool
+) -> Tensor:
+    which = choose("whiten", x)
+    if which == "triton":
+        from fastalign.kernels.whiten import whiten_by_fwd
+
+        return whiten_by_fwd(x, mask, moments, eps, shift_mean)
+    if which == "cpp":
+        return torch.ops.fastalign_cpp.whiten_by(x, mask, moments, eps, shift_mean)
+    return whiten_by_reference(x, mask, moments, eps, shift_mean)
+
+
+@_whiten_by.register_fake
+def _(x: Tensor, mask: Tensor | None, moments: Tensor, eps: float, shift_mean: bool) -> Tensor:
+    return x.new_empty(x.shape, dtype=accumulation_dtype(x.dtype))
+
+
+@torch.library.custom_op("fastalign::whiten", mutates_args=())
+def _whiten(x: Tensor, mask: Tensor | None, eps: float, shift_mean: bool) -> tuple[Tensor, Tensor]:
+    which = choose("whiten", x)
+    if which == "triton":
+        from fastalign.kernels.whiten import whiten_fwd
+
+        return whiten_fwd(x, mask, eps, shift_mean)
+    if which == "cpp":
+        return torch.ops.fastalign_cpp.whiten(x, mask, eps, shift_mean)
+    moments = moments_reference(x, mask)
+    return whiten_by_reference(x, mask, moments, eps, shift_mean), moments
+
+
+@_whiten.register_fake
+def _(x: Tensor, mask: Tensor | None, eps: float, shift_mean: bool) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape, dtype=accumulation_dtype(x.dtype))
+    return y, x.new_empty(3, dtype=torch.float64)
+
+
+@torch.library.custom_op("fastalign::whiten_backward", mutates_args=())
+def _whiten_backward(
+    grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor, eps: float, shift_mean: bool
+) -> Tensor:
+    which = choose("whiten", x)
+    if which == "triton":
+        from fastalign.kernels.whiten import whiten_bwd
+
+        return whiten_bwd(grad, x, mask, moments, eps, shift_mean)
+    if which == "cpp":
+        return torch.ops.fastalign_cpp.whiten_backward(grad, x, mask, moments, eps, shift_mean)
+    return whiten_backward_reference(grad, x, mask, moments, eps, shift_mean)
+
+
+@_whiten_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, mask: Tensor | None, moments: Tensor, eps: float, shift_mean: bool
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, mask, ctx.eps, ctx.shift_mean = inputs
+    ctx.save_for_backward(x, mask, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None, None, None]:
+    if grad is None:
+        return None, None, None, None
+    dx = _whiten_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.shift_mean)
+    return dx, None, None, None
+
+
+torch.library.register_autograd("fastalign::whiten", _backward, setup_context=_setup_context)
+
+
+def merged_moments(parts: Tensor) -> Tensor:
+    """float64 [3]: (n, mean, M2) of [P, 3] parts, merged in their order."""
+    count, mean, squares = parts[0].unbind()
+    for part in parts[1:]:
+        n, other, own = part.unbind()
+        both = (count + n).clamp(min=1.0)
+        delta = other - mean
+        squares = squares + own + delta.square() * (count * n / both)
+        mean = mean + delta * (n / both)
+        count = count + n
+    return torch.stack([count, mean, squares])
+
+
+def masked_moments(
+    op: str, x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
+) -> Tensor:
+    """float64 [3]: (n, mean, M2) of the kept cells, of all ranks with a group; no gradient.
+
+    Raises:
+        ValueError: as ``whiten``, in the name of ``op``.
+    """
+    moments = _moments(x.detach(), check_cells(op, x, mask))
+    if group is None:
+        return moments
+    size = dist.get_world_size(group)
+    parts = torch.zeros(size, 3, dtype=torch.float64, device=moments.device)
+    # A row for each rank and zeros elsewhere: their sum is exact, in whatever order it is formed.
+    parts[dist.get_rank(group)] = moments
+    dist.all_reduce(parts, group=group)
+    return merged_moments(parts)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Scales the kept cells of ``x`` to variance 1, and to mean 0 unless ``shift_mean`` is False.
 
-    Differentiable. Statistics are taken over all kept cells of the tensor, not row by row.
+    Differentiable, once. Statistics are taken over all kept cells of the tensor, not row by row:
+    padded [B, T] with a mask and the same tokens packed [N] give the same numbers.
 
     Args:
         x: any shape; bfloat16, float16, float32 or float64.
         mask: same shape, bool or integer; cells where it is False come out as 0 and, NaN included,
             have no effect.
         shift_mean: False adds the mean back, so only the spread changes.
+        eps: added to the variance; > 0.
+        group: a ``torch.distributed`` process group: statistics over the kept cells of all its
+            ranks, which may differ in number. Every rank must call. ``x`` must then be a constant:
+            no gradient crosses ranks.
 
     Returns:
-        The shape of ``x``, float32 (float64 for float64).
+        The shape of ``x``, contiguous, float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, eps <= 0, or an ``x`` that requires a
+            gradient beside a group.
     """
-    if not x.is_floating_point():
-        raise ValueError(f"whiten: expected a floating dtype, got {x.dtype}")
-    if mask is not None:
-        if mask.shape != x.shape:
-            raise ValueError(
-                f"whiten: expected a mask of the shape of x, {tuple(x.shape)}, "
-                f"got {tuple(mask.shape)}"
-            )
-        if mask.is_floating_point():
-            raise ValueError(f"whiten: expected a bool or integer mask, got {mask.dtype}")
-        if mask.device != x.device:
-            raise ValueError(
-                f"whiten: expected the mask on the device of x, {x.device}, got {mask.device}"
-            )
-        mask = mask.to(torch.bool)
-    return torch.ops.fastalign.whiten(x, mask, shift_mean)
+    mask = check_cells("whiten", x, mask)
+    if not 0.0 < eps < math.inf:
+        raise ValueError(f"whiten: expected eps > 0, got {eps}")
+    if group is None:
+        return _whiten(x, mask, float(eps), shift_mean)[0]
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("whiten: expected an x that requires no gradient with a group")
+    moments = masked_moments("whiten", x, mask, group)
+    return _whiten_by(x.detach(), mask, moments, float(eps), shift_mean)
+
+
+def check_cells(op: str, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as bool; ValueError for one that does not fit ``x``, or an x of no float dtype."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{op}: expected a floating dtype, got {x.dtype}")
+    if mask is None:
+        return None
+    if mask.shape != x.shape:
+        raise ValueError(
+            f"{op}: expected a mask of the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.is_floating_point():
+        raise ValueError(f"{op}: expected a bool or integer mask, got {mask.dtype}")
+    if mask.device != x.device:
+        raise ValueError(
+            f"{op}: expected the mask on the device of x, {x.device}, got {mask.device}"
+        )
+    return mask.to(torch.bool)

@@ -145,8 +145,9 @@ def learn_from(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What the losses need of each response token (packed [N] each), and numbers to log."""
     values = _values(policy, found, config)
-    rewards = torch.zeros_like(values)
-    rewards[found.cu_seqlens[1:].long() - 1] = scaled
+    rewards, _ = ops.token_rewards(
+        found.logp, found.ref_logp, scaled, kl_coef=0.0, cu_seqlens=found.cu_seqlens
+    )
     advantages, returns = ops.gae(
         rewards, values, gamma=config.gamma, lam=config.lam, cu_seqlens=found.cu_seqlens
     )
@@ -332,8 +333,9 @@ def train(config: APAConfig) -> Path:
                 config.samples_per_prompt,
             )
             moments.update(found.proxy)
-            scale = moments.std if config.scale_reward and moments.std > 1e-6 else 1.0
-            scaled = found.proxy / scale
+            scaled = found.proxy
+            if config.scale_reward:
+                scaled = moments.normalize(scaled, shift_mean=False)
             tokens, metrics = learn_from(found, policy, scaled, config)
             updating = time.perf_counter()
             metrics |= update(run, step, policy, optimizer, found, tokens, config)
