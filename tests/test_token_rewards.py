@@ -309,9 +309,11 @@ def test_empty(backend: str, shape: tuple[int, int]) -> None:
     device = device_of(backend)
     logp, scores = torch.empty(shape, device=device), torch.ones(shape[0], device=device)
     offsets = torch.zeros(shape[0] + 1, dtype=torch.int64, device=device)
-    for given, more in ((logp, {}), (logp.reshape(-1)[:0], {"cu_seqlens": offsets})):
+    for given, bounds in ((logp, None), (logp.reshape(-1)[:0], offsets)):
         with fa.backend(backend):
-            rewards, statistics = token_rewards(given, given, scores, kl_coef=0.1, **more)
+            rewards, statistics = token_rewards(
+                given, given, scores, kl_coef=0.1, cu_seqlens=bounds
+            )
         assert rewards.shape == given.shape
         assert statistics["sequence_kl"].tolist() == [0.0] * shape[0]
         assert statistics["kl"].item() == 0.0
