@@ -6,20 +6,18 @@ namespace fastalign::FASTALIGN_ISA {
 
 template <int kKind, typename T>
 void kl_of_kind(const T* logp, const T* ref_logp, int64_t count, float* kl) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = count - i < kLanes ? count - i : kLanes;
+  for_registers(count, [&](int64_t, int64_t i, int64_t n) __attribute__((always_inline)) {
     const Lanes d = load_tokens(ref_logp + i, n) - load_tokens(logp + i, n);
     store_tokens(kl + i, kl_lanes<kKind>(d), n);
-  }
+  });
 }
 
 template <int kKind, typename T>
 void dlogp_of_kind(const float* grad, const T* logp, const T* ref_logp, int64_t count, T* dlogp) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = count - i < kLanes ? count - i : kLanes;
+  for_registers(count, [&](int64_t, int64_t i, int64_t n) __attribute__((always_inline)) {
     const Lanes d = load_tokens(ref_logp + i, n) - load_tokens(logp + i, n);
     store_tokens(dlogp + i, load_tokens(grad + i, n) * kl_slope<kKind>(d), n);
-  }
+  });
 }
 
 template <typename T>

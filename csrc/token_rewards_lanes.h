@@ -13,10 +13,9 @@ FASTALIGN_INLINE Lanes clamped(Lanes x, float most) {
 template <int kKind, typename T>
 void rewards_of_kind(const T* logp, const T* ref_logp, const T* dpo_logp, const bool* mask, int64_t count,
                      const RewardForm& f, float* rewards, double* kl_sum, int64_t* kept_count) {
-  Lanes sum = {};
-  IntLanes counts = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = count - i < kLanes ? count - i : kLanes;
+  Lanes sums[kChains] = {};
+  IntLanes counts[kChains] = {};
+  for_registers(count, [&](int64_t j, int64_t i, int64_t n) __attribute__((always_inline)) {
     const IntLanes kept = kept_tokens(mask ? mask + i : nullptr, n);
     const Lanes ref = load_tokens(ref_logp + i, n);
     const Lanes kl = kl_lanes<kKind>(ref - load_tokens(logp + i, n));
@@ -24,13 +23,11 @@ void rewards_of_kind(const T* logp, const T* ref_logp, const T* dpo_logp, const 
     Lanes reward = f.kl_coef == 0.0f ? Lanes{} : -f.kl_coef * kl;
     if (dpo_logp) reward += clamped(f.dpo_coef * (load_tokens(dpo_logp + i, n) - ref), f.clip_dpo);
     store_tokens(rewards + i, kept ? reward : Lanes{}, n);
-    sum += kept ? kl : Lanes{};
-    counts -= kept;  // true is -1
-  }
-  for (int64_t i = 0; i < kLanes; ++i) {
-    *kl_sum += sum[i];
-    *kept_count += counts[i];
-  }
+    sums[j] += kept ? kl : Lanes{};
+    counts[j] -= kept;  // true is -1
+  });
+  *kl_sum += total_of(sums);
+  *kept_count += total_of(counts);
 }
 
 // Adds to the sum of the estimates and the number of kept tokens.

@@ -4,46 +4,17 @@
 
 namespace fastalign::FASTALIGN_ISA {
 
-// So many sums are formed side by side, because each addition waits for the one before.
-constexpr int64_t kChains = 4;
-
-FASTALIGN_INLINE double total_of(const Lanes* chains) {
-  double total = 0.0;
-  for (int64_t j = 0; j < kChains; ++j) {
-    for (int64_t i = 0; i < kLanes; ++i) total += chains[j][i];
-  }
-  return total;
-}
-
-// Calls take(chain, from, n, kept) for each register of the run.
-template <typename Take>
-FASTALIGN_INLINE void for_registers(const bool* mask, int64_t count, const Take& take) {
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
-    for (int64_t j = 0; j < kChains; ++j) {
-      const int64_t at = i + j * kLanes;
-      take(j, at, kLanes, kept_tokens(mask ? mask + at : nullptr, kLanes));
-    }
-  }
-  for (; i < count; i += kLanes) {
-    const int64_t n = count - i < kLanes ? count - i : kLanes;
-    take(0, i, n, kept_tokens(mask ? mask + i : nullptr, n));
-  }
-}
-
 // Count, mean and sum of squared distances from the mean of the kept cells of a run.
 template <typename T>
 void moments(const T* x, const bool* mask, int64_t count, double* out) {
   Lanes sums[kChains] = {}, squares[kChains] = {};
   IntLanes kept_counts[kChains] = {};
-  for_registers(mask, count, [&](int64_t j, int64_t i, int64_t n, IntLanes kept) __attribute__((always_inline)) {
+  for_registers(count, [&](int64_t j, int64_t i, int64_t n) __attribute__((always_inline)) {
+    const IntLanes kept = kept_tokens(mask ? mask + i : nullptr, n);
     sums[j] += kept ? load_tokens(x + i, n) : Lanes{};
     kept_counts[j] -= kept;  // true is -1
   });
-  int64_t kept_count = 0;
-  for (int64_t j = 0; j < kChains; ++j) {
-    for (int64_t i = 0; i < kLanes; ++i) kept_count += kept_counts[j][i];
-  }
+  const int64_t kept_count = total_of(kept_counts);
   const double n_kept = static_cast<double>(kept_count);
   out[0] = n_kept;
   if (kept_count == 0) {
@@ -52,7 +23,8 @@ void moments(const T* x, const bool* mask, int64_t count, double* out) {
   }
   const float near = static_cast<float>(total_of(sums) / n_kept);
   for (int64_t j = 0; j < kChains; ++j) sums[j] = Lanes{};
-  for_registers(mask, count, [&](int64_t j, int64_t i, int64_t n, IntLanes kept) __attribute__((always_inline)) {
+  for_registers(count, [&](int64_t j, int64_t i, int64_t n) __attribute__((always_inline)) {
+    const IntLanes kept = kept_tokens(mask ? mask + i : nullptr, n);
     const Lanes distance = kept ? load_tokens(x + i, n) - near : Lanes{};
     sums[j] += distance;
     squares[j] += distance * distance;
@@ -67,7 +39,8 @@ FASTALIGN_INLINE Lanes whitened(Lanes x, const Whitening& w) { return ((x - w.me
 
 template <typename T>
 void whiten(const T* x, const bool* mask, int64_t count, Whitening w, float* y) {
-  for_registers(mask, count, [&](int64_t, int64_t i, int64_t n, IntLanes kept) __attribute__((always_inline)) {
+  for_registers(count, [&](int64_t, int64_t i, int64_t n) __attribute__((always_inline)) {
+    const IntLanes kept = kept_tokens(mask ? mask + i : nullptr, n);
     const Lanes z = whitened(load_tokens(x + i, n), w) + w.shift;
     store_tokens(y + i, kept ? z : Lanes{}, n);
   });
@@ -77,7 +50,8 @@ void whiten(const T* x, const bool* mask, int64_t count, Whitening w, float* y) 
 template <typename T>
 void whiten_sums(const float* grad, const T* x, const bool* mask, int64_t count, Whitening w, double* out) {
   Lanes plain[kChains] = {}, along[kChains] = {};
-  for_registers(mask, count, [&](int64_t j, int64_t i, int64_t n, IntLanes kept) __attribute__((always_inline)) {
+  for_registers(count, [&](int64_t j, int64_t i, int64_t n) __attribute__((always_inline)) {
+    const IntLanes kept = kept_tokens(mask ? mask + i : nullptr, n);
     const Lanes g = kept ? load_tokens(grad + i, n) : Lanes{};
     plain[j] += g;
     along[j] += kept ? g * whitened(load_tokens(x + i, n), w) : Lanes{};
@@ -90,7 +64,8 @@ void whiten_sums(const float* grad, const T* x, const bool* mask, int64_t count,
 template <typename T>
 void whiten_dx(const float* grad, const T* x, const bool* mask, int64_t count, Whitening w, float plain, float along,
                float back, T* dx) {
-  for_registers(mask, count, [&](int64_t, int64_t i, int64_t n, IntLanes kept) __attribute__((always_inline)) {
+  for_registers(count, [&](int64_t, int64_t i, int64_t n) __attribute__((always_inline)) {
+    const IntLanes kept = kept_tokens(mask ? mask + i : nullptr, n);
     const Lanes z = whitened(load_tokens(x + i, n), w);
     const Lanes d = w.scale * (load_tokens(grad + i, n) - plain - along * z) + back;
     store_tokens(dx + i, kept ? d : Lanes{}, n);

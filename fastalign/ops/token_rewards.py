@@ -30,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose
+from fastalign.backend import choose, is_plain
 from fastalign.ops.kl_estimate import KINDS, check_kind, kl_estimate_reference
 from fastalign.ops.policy_reduce import check_layout, check_like
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
@@ -78,8 +78,7 @@ def token_rewards_reference(
     return rewards.reshape(logp.shape), sequence_kl.to(wide), mean.to(wide)
 
 
-@torch.library.custom_op("fastalign::token_rewards", mutates_args=())
-def _token_rewards(
+def _computed(
     logp: Tensor,
     ref_logp: Tensor,
     scores: Tensor,
@@ -94,6 +93,7 @@ def _token_rewards(
     clip_dpo: float,
     missing_eos_penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``token_rewards_reference``, by the backend in force."""
     tensors = (logp, ref_logp, scores, dpo_logp, finished, mask, cu_seqlens)
     numbers = (kl_coef, clip_score, dpo_coef, clip_dpo, missing_eos_penalty)
     which = choose("token_rewards", logp)
@@ -104,6 +104,9 @@ def _token_rewards(
     if which == "cpp":
         return torch.ops.fastalign_cpp.token_rewards(*tensors, KINDS.index(kl_kind), *numbers)
     return token_rewards_reference(*tensors, kl_kind, *numbers)
+
+
+_token_rewards = torch.library.custom_op("fastalign::token_rewards", _computed, mutates_args=())
 
 
 @_token_rewards.register_fake
@@ -216,7 +219,8 @@ def token_rewards(
             raise ValueError(f"{op}: expected {name} > 0 or None, got {bound}")
     if missing_eos_penalty and finished is None:
         raise ValueError(f"{op}: expected finished with a missing_eos_penalty, got None")
-    rewards, sequence_kl, kl = _token_rewards(
+    call = _computed if is_plain(*log_probs.values()) else _token_rewards
+    rewards, sequence_kl, kl = call(
         logp.detach().to(dtype),
         ref_logp.detach().to(dtype),
         scores.detach().to(accumulation_dtype(dtype)),

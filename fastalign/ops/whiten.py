@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.backend import choose
+from fastalign.backend import choose, is_plain
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
 
@@ -113,8 +113,10 @@ def _(x: Tensor, mask: Tensor | None, moments: Tensor, eps: float, shift_mean: b
     return x.new_empty(x.shape, dtype=accumulation_dtype(x.dtype))
 
 
-@torch.library.custom_op("fastalign::whiten", mutates_args=())
-def _whiten(x: Tensor, mask: Tensor | None, eps: float, shift_mean: bool) -> tuple[Tensor, Tensor]:
+def _computed(
+    x: Tensor, mask: Tensor | None, eps: float, shift_mean: bool
+) -> tuple[Tensor, Tensor]:
+    """``whiten_reference`` and the moments, by the backend in force."""
     which = choose("whiten", x)
     if which == "triton":
         from fastalign.kernels.whiten import whiten_fwd
@@ -124,6 +126,11 @@ def _whiten(x: Tensor, mask: Tensor | None, eps: float, shift_mean: bool) -> tup
         return torch.ops.fastalign_cpp.whiten(x, mask, eps, shift_mean)
     moments = moments_reference(x, mask)
     return whiten_by_reference(x, mask, moments, eps, shift_mean), moments
+
+
+@torch.library.custom_op("fastalign::whiten", mutates_args=())
+def _whiten(x: Tensor, mask: Tensor | None, eps: float, shift_mean: bool) -> tuple[Tensor, Tensor]:
+    return _computed(x, mask, eps, shift_mean)
 
 
 @_whiten.register_fake
@@ -235,9 +242,11 @@ def whiten(
     mask = check_cells("whiten", x, mask)
     if not 0.0 < eps < math.inf:
         raise ValueError(f"whiten: expected eps > 0, got {eps}")
+    constant = not (x.requires_grad and torch.is_grad_enabled())
     if group is None:
-        return _whiten(x, mask, float(eps), shift_mean)[0]
-    if x.requires_grad and torch.is_grad_enabled():
+        call = _computed if constant and is_plain(x) else _whiten
+        return call(x, mask, float(eps), shift_mean)[0]
+    if not constant:
         raise ValueError("whiten: expected an x that requires no gradient with a group")
     moments = masked_moments("whiten", x, mask, group)
     return _whiten_by(x.detach(), mask, moments, float(eps), shift_mean)
