@@ -163,10 +163,14 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
             raise ValueError(
                 f"kl_estimate: expected {name} of a floating dtype, got {tensor.dtype}"
             )
-    dtype = torch.promote_types(logp.dtype, ref_logp.dtype)
-    logp, ref_logp = logp.to(dtype), ref_logp.to(dtype)
-    call = _KlEstimate.apply if is_plain(logp, ref_logp) else _kl_estimate
-    return call(logp, ref_logp, kind)
+    if logp.dtype != ref_logp.dtype:
+        dtype = torch.promote_types(logp.dtype, ref_logp.dtype)
+        logp, ref_logp = logp.to(dtype), ref_logp.to(dtype)
+    if not is_plain(logp, ref_logp):
+        return _kl_estimate(logp, ref_logp, kind)
+    if torch.is_grad_enabled() and (logp.requires_grad or ref_logp.requires_grad):
+        return _KlEstimate.apply(logp, ref_logp, kind)
+    return _computed(logp, ref_logp, kind)
 
 
 def check_kind(op: str, kind: str) -> None:
