@@ -87,8 +87,7 @@ def bench(n: int, kind: str, options: Any, n_cases: int) -> list[dict[str, Any]]
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    shapes: list[tuple[int, ...]] = options.shapes or SHAPES
-    cases = [(shape[0], kind) for shape in shapes for kind in PLAIN]
+    cases = [(shape[0], kind) for shape in options.shapes or SHAPES for kind in PLAIN]
     rows = [row for case in cases for row in bench(*case, options, len(cases))]
     report(rows, options, {"dtype": options.dtype})
 

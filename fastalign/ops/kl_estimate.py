@@ -126,7 +126,7 @@ class _KlEstimate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _backward(ctx, *grads, _computed_backward)
+        return _backward(ctx, grads[0], _computed_backward)
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
