@@ -114,12 +114,3 @@ def choose(op: str, tensor: Tensor) -> str:
     if why:
         raise RuntimeError(f"{op}: backend {asked!r} was asked for, but {why}")
     return asked
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether an op may be called without the dispatcher, which takes some 20 us on a CPU.
-
-    Tracers, and tensors that only stand for others, need the op.
-    """
-    known = all(type(x) in (Tensor, Parameter) for x in tensors)
-    return known and not torch.compiler.is_compiling()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign.backend import choose, is_plain
+from fastalign.backend import choose, plain
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
 KINDS = ("k1", "k2", "k3")
@@ -166,7 +166,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
     if logp.dtype != ref_logp.dtype:
         dtype = torch.promote_types(logp.dtype, ref_logp.dtype)
         logp, ref_logp = logp.to(dtype), ref_logp.to(dtype)
-    if not is_plain(logp, ref_logp):
+    if not (plain(logp) and plain(ref_logp)):
         return _kl_estimate(logp, ref_logp, kind)
     if torch.is_grad_enabled() and (logp.requires_grad or ref_logp.requires_grad):
         return _KlEstimate.apply(logp, ref_logp, kind)

@@ -30,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose, is_plain
+from fastalign.backend import choose, plain
 from fastalign.ops.kl_estimate import KINDS, check_kind, kl_estimate_reference
 from fastalign.ops.policy_reduce import check_layout, check_like
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
@@ -219,7 +219,7 @@ def token_rewards(
             raise ValueError(f"{op}: expected {name} > 0 or None, got {bound}")
     if missing_eos_penalty and finished is None:
         raise ValueError(f"{op}: expected finished with a missing_eos_penalty, got None")
-    call = _computed if is_plain(*log_probs.values()) else _token_rewards
+    call = _computed if plain(logp) else _token_rewards
     rewards, sequence_kl, kl = call(
         logp.detach().to(dtype),
         ref_logp.detach().to(dtype),

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.backend import choose, is_plain
+from fastalign.backend import choose, plain
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
 
@@ -70,10 +70,10 @@ def whiten_backward_reference(
     kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     g = torch.where(kept, grad.double(), 0.0)
     z = whiten_by_reference(x.double(), kept, moments, eps, True)
-    plain = g.sum() / count.clamp(min=1.0)
+    mean_g = g.sum() / count.clamp(min=1.0)
     along = (g * z).sum() / (count - 1.0).clamp(min=1.0)
     scale = torch.rsqrt(squares / (count - 1.0).clamp(min=1.0) + eps)
-    dx = scale * (g - plain - along * z) + (0.0 if shift_mean else plain)
+    dx = scale * (g - mean_g - along * z) + (0.0 if shift_mean else mean_g)
     return torch.where(kept, dx, 0.0).to(x.dtype).contiguous()
 
 
@@ -244,7 +244,7 @@ def whiten(
         raise ValueError(f"whiten: expected eps > 0, got {eps}")
     constant = not (x.requires_grad and torch.is_grad_enabled())
     if group is None:
-        call = _computed if constant and is_plain(x) else _whiten
+        call = _computed if constant and plain(x) else _whiten
         return call(x, mask, float(eps), shift_mean)[0]
     if not constant:
         raise ValueError("whiten: expected an x that requires no gradient with a group")
