@@ -184,6 +184,38 @@ def test_counting_the_rows_looks_at_the_targets() -> None:
         run("cpu", **CASES["callable"], ignore_index=-100)
 
 
+@pytest.mark.parametrize("workspace", [None, 200 * ROW], ids=["kept", "slabs"])
+@pytest.mark.parametrize("op", ["linear_logprobs", "linear_kl"])
+def test_the_differentiable_ops_do_not_wait_either(
+    op: str, workspace: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bodies on meta tensors, which would see their fakes instead."""
+    module = importlib.import_module(f"fastalign.ops.{op}")
+    bodies = {name: getattr(module, name)._init_fn for name in (f"{op}_op", f"{op}_backward")}
+    hidden, weight, bias, ref_hidden, ref_weight, temperature = (
+        torch.empty(shape, device="meta") for shape in ((N, H), (V, H), V, (N, 8), (V, 8), N)
+    )
+    targets = torch.empty(N, dtype=torch.int64, device="meta")
+    settings: dict[str, Any] = dict(bias=bias, temperature=temperature, softcap=30.0)
+
+    def call() -> Tensor:
+        if op == "linear_kl":
+            models = (hidden, weight, ref_hidden, ref_weight)
+            return module.linear_kl(*models, workspace=workspace, **settings)
+        settings["ignore_index"] = None
+        return module.linear_logprobs(hidden, weight, targets, workspace=workspace, **settings)
+
+    with NoWait():
+        with monkeypatch.context() as patched, torch.no_grad():
+            patched.setattr(module, f"{op}_op", bodies[f"{op}_op"])
+            assert call().shape == (N,)
+        monkeypatch.setattr(module, f"{op}_backward", bodies[f"{op}_backward"])
+        for x in (hidden, weight, bias):
+            x.requires_grad_()
+        call().sum().backward()
+    assert all(x.grad is not None for x in (hidden, weight, bias))
+
+
 def test_groups_in_a_graph_are_not_copied_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replayed copy would read memory of the host that is something else's by then."""
     found = [_numbers(GROUPS, torch.device("cpu"))]
