@@ -14,6 +14,8 @@ from heads import products
 from torch import Tensor
 
 from fastalign.ops import linear_kl, linear_logprobs, slab
+from fastalign.ops.linear_kl import linear_kl_op
+from fastalign.ops.linear_logprobs import linear_logprobs_op
 from fastalign.ops.plan import CPU_SLAB, Plan, plan
 from fastalign.testing import assert_no_worse, peaked_head
 
@@ -145,6 +147,32 @@ def test_only_rows_that_count_are_kept(op: str) -> None:
     run, tensors = problem(op, drop=2)
     shapes = saved(run, tensors, workspace=N * row(op))
     assert {shape[0] for shape in shapes if shape[1:] == (V,)} == {N // 2}
+
+
+@pytest.mark.parametrize(("op", "room", "count"), [(OPS[0], 1.6, 1 + 4), (OPS[1], 1.3, 2 + 4)])
+def test_kept_logits_are_one_product_also_beside_two_slabs_of_gradients(
+    op: str, room: float, count: int
+) -> None:
+    run, tensors = problem(op)
+    assert products(lambda: results(run, tensors, workspace=int(room * N * row(op)))) == count
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_that_torch_compile_could_not_count_are_zeros(op: str) -> None:
+    """Where as many rows are kept as there are targets, of which two count."""
+    h, w, targets = peaked_head(5, H, V)
+    targets[1:4] = -100
+    torch.use_deterministic_algorithms(True)  # what is not filled is NaN
+    try:
+        args = (0.0, -100, None, 5, 5)
+        if op == "linear_kl":
+            *_, x, y = linear_kl_op(h, w, None, h, w, None, targets, torch.ones(1), *args)
+            assert torch.equal(x, y)
+        else:
+            *_, x = linear_logprobs_op(h, w, targets, None, torch.ones(1), *args, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not x[2:].any() and x[:2].any(dim=1).all()
 
 
 @pytest.mark.parametrize("op", OPS)

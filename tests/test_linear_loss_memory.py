@@ -286,9 +286,11 @@ def test_a_failed_attempt_gives_its_workspaces_back(monkeypatch: pytest.MonkeyPa
     hidden, weight, targets, _ = make()
     plain = WALK.logits_workspace
     held: list[int] = []
+    asked: list[int] = []
 
     @contextmanager
     def scarce(height: int, vocab: int, like: Tensor) -> Iterator[Tensor]:
+        asked.append(height)
         if sum(held) + height > 20:
             raise torch.OutOfMemoryError("no room")
         held.append(height)
@@ -306,11 +308,11 @@ def test_a_failed_attempt_gives_its_workspaces_back(monkeypatch: pytest.MonkeyPa
     expected = step()
     monkeypatch.setattr(WALK, "logits_workspace", scarce)
     assert step().item() == pytest.approx(expected.item(), rel=1e-6)
-    assert not held
+    assert asked == [29, 14, 14, 7, 7] and not held
 
 
 def test_a_wider_reference_is_counted_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 rows of bfloat16 logits beside 16 of float32 ones are 16 * 6 bytes a word."""
+    """9 rows of bfloat16 logits beside 9 of float32 ones are 9 * 6 bytes a word."""
     hidden, weight, targets, _ = make(torch.bfloat16)
     plain, tall = WALK.logits_workspace, []
 
@@ -326,9 +328,9 @@ def test_a_wider_reference_is_counted_in_its_own_dtype(monkeypatch: pytest.Monke
         lambda logp, entropy, kl: kl,
         ref_hidden=hidden.detach().float(),
         ref_weight=weight.detach().float(),
-        workspace=16 * 6 * V,
+        workspace=9 * 6 * V,
     )
-    assert tall == [(16, torch.bfloat16), (16, torch.float32)]
+    assert tall == [(9, torch.bfloat16), (9, torch.float32)]
 
 
 def test_slabs_of_groups_hold_no_more_rows_than_they_may() -> None:
