@@ -49,13 +49,18 @@ struct Response {
 // Infinities stay infinite, and a coefficient of 0 makes no NaN of them.
 double times(double coefficient, double x) { return coefficient == 0.0 ? 0.0 : coefficient * x; }
 
-double sigmoid(double x) {
-  const double e = std::exp(-std::fabs(x));
-  return (x < 0.0 ? e : 1.0) / (1.0 + e);
-}
+// sigmoid(x), sigmoid(-x), and log(1 + exp(x)), log(1 + exp(-x)), from one exponential.
+struct Logistic {
+  double up, down, soft_up, soft_down;
 
-// log(1 + exp(x))
-double softplus(double x) { return (x > 0.0 ? x : 0.0) + std::log1p(std::exp(-std::fabs(x))); }
+  Logistic(double x) {
+    const double e = std::exp(-std::fabs(x)), near = 1.0 / (1.0 + e), far = e / (1.0 + e), rest = std::log1p(e);
+    up = x < 0.0 ? far : near;
+    down = x < 0.0 ? near : far;
+    soft_up = (x > 0.0 ? x : 0.0) + rest;
+    soft_down = (x < 0.0 ? -x : 0.0) + rest;
+  }
+};
 
 Response response_of(const Form& f, const Sums& s) {
   const double count = static_cast<double>(s.count);
@@ -71,8 +76,9 @@ Value pair_value(const Form& f, const Response& w, const Response& l, bool chose
   const double h = w.reward - l.reward - f.margin;
   double loss, slope;
   if (f.kind == Kind::sigmoid) {
-    loss = f.right * softplus(-h) + (f.wrong == 0.0 ? 0.0 : f.wrong * softplus(h));
-    slope = f.wrong * sigmoid(h) - f.right * sigmoid(-h);
+    const Logistic at(h);
+    loss = f.right * at.soft_down + times(f.wrong, at.soft_up);
+    slope = f.wrong * at.up - f.right * at.down;
   } else if (f.kind == Kind::hinge) {
     loss = h >= 1.0 ? 0.0 : 1.0 - h;
     slope = h >= 1.0 ? 0.0 : -1.0;
@@ -89,9 +95,9 @@ Value pair_value(const Form& f, const Response& w, const Response& l, bool chose
 }
 
 Value kto_value(const Form& f, const Response& y, bool desirable, double z0) {
-  const double x = y.reward - f.gap * z0, up = sigmoid(x), down = sigmoid(-x);
-  const double loss = desirable ? f.right * down : f.wrong * up;
-  const double slope = (desirable ? -f.right : f.wrong) * up * down * (f.gap + f.extra) / y.divisor;
+  const Logistic at(y.reward - f.gap * z0);
+  const double loss = desirable ? f.right * at.down : f.wrong * at.up;
+  const double slope = (desirable ? -f.right : f.wrong) * at.up * at.down * (f.gap + f.extra) / y.divisor;
   return {y.count == 0.0 ? 0.0 : loss, slope, 0.0};
 }
 

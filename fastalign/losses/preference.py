@@ -37,17 +37,13 @@ class PreferenceLoss:
     optional: tuple[str, ...] = ()
     per_sequence = True
     """The loss is not one number per token."""
+    sequences_per_value = 2
     flags_name: str | None = None
     """The input of one bool per value."""
 
     @property
     def form(self) -> PreferenceForm:
         raise NotImplementedError
-
-    @property
-    def sequences_per_value(self) -> int:
-        """2 for a loss on pairs."""
-        return 2 if self.form.paired else 1
 
     def __call__(
         self, logp: Tensor, entropy: Tensor | None = None, **inputs: Tensor | None
@@ -316,6 +312,7 @@ class KTO(PreferenceLoss):
     undesirable_weight: float = 1.0
 
     required = ("ref_logp", "cu_seqlens", "desirable", "z0")
+    sequences_per_value = 1
     flags_name = "desirable"
 
     def __post_init__(self) -> None:

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from fastalign.backend import choose
 from fastalign.losses.grpo import sequence_of_token
@@ -96,6 +98,29 @@ def slopes_reference(
     return torch.stack([chosen, rejected], 1).flatten()
 
 
+def _computed(
+    form: PreferenceForm,
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    flags: Tensor | None,
+    z0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``preference_loss_reference``, by the backend in force."""
+    args = (logp, ref_logp, cu_seqlens, mask, flags, z0)
+    which = choose(OP, logp)
+    if which == "triton":
+        from fastalign.kernels.preference_loss import preference_loss_fwd
+
+        return preference_loss_fwd(form, *args)
+    if which == "cpp":
+        if ref_logp is not None and ref_logp.dtype != logp.dtype:
+            args = (logp.float(), ref_logp.float(), *args[2:])
+        return torch.ops.fastalign_cpp.preference_loss(*form, *args)
+    return preference_loss_reference(form, *args)
+
+
 @torch.library.custom_op("fastalign::preference_loss", mutates_args=())
 def _preference_loss(
     kind: int,
@@ -110,17 +135,7 @@ def _preference_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [G], slopes [S], statistics [n, G])."""
     form = PreferenceForm(kind, average, *coefficients)
-    args = (logp, ref_logp, cu_seqlens, mask, flags, z0)
-    which = choose(OP, logp)
-    if which == "triton":
-        from fastalign.kernels.preference_loss import preference_loss_fwd
-
-        return preference_loss_fwd(form, *args)
-    if which == "cpp":
-        if ref_logp is not None and ref_logp.dtype != logp.dtype:
-            args = (logp.float(), ref_logp.float(), *args[2:])
-        return torch.ops.fastalign_cpp.preference_loss(*form, *args)
-    return preference_loss_reference(form, *args)
+    return _computed(form, logp, ref_logp, cu_seqlens, mask, flags, z0)
 
 
 @_preference_loss.register_fake
@@ -147,8 +162,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastalign::preference_loss_backward", mutates_args=())
-def _preference_loss_backward(
+def _computed_backward(
     grad: Tensor, slopes: Tensor, cu_seqlens: Tensor, mask: Tensor | None, n_tokens: int
 ) -> Tensor:
     """dlogp [N] = grad [G] of its pair times the slope [S] of its sequence, 0 where masked."""
@@ -166,6 +180,13 @@ def _preference_loss_backward(
     of_token = sequence_of_token(cu_seqlens, n_tokens)
     dlogp = (slopes * grad.repeat_interleave(per))[of_token]
     return dlogp if mask is None else torch.where(mask, dlogp, 0.0)
+
+
+@torch.library.custom_op("fastalign::preference_loss_backward", mutates_args=())
+def _preference_loss_backward(
+    grad: Tensor, slopes: Tensor, cu_seqlens: Tensor, mask: Tensor | None, n_tokens: int
+) -> Tensor:
+    return _computed_backward(grad, slopes, cu_seqlens, mask, n_tokens)
 
 
 @_preference_loss_backward.register_fake
@@ -196,6 +217,27 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
 torch.library.register_autograd(
     "fastalign::preference_loss", _backward, setup_context=_setup_context
 )
+
+
+class _PreferenceLoss(torch.autograd.Function):
+    """The op without the dispatcher, which takes longer than the loss of 30,000 tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _computed(*args)
+        ctx.save_for_backward(output[1], args[3], args[4])
+        ctx.n_tokens = args[1].shape[0]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if grads[0] is None:
+            return (None,) * 7
+        dlogp = _computed_backward(grads[0], *ctx.saved_tensors, ctx.n_tokens)
+        return None, dlogp, *[None] * 5
 
 
 def preference_loss(
@@ -266,8 +308,13 @@ def preference_loss(
     if dtype == torch.float64 and ref_logp is not None:
         ref_logp = ref_logp.double()
     form = loss.form
-    losses, _, statistics = _preference_loss(
-        form.kind, form.average, list(form[2:]), logp, ref_logp, offsets, layout.mask, flags, z0
-    )
+    args = (logp, ref_logp, offsets, layout.mask, flags, z0)
+    # Tracers, and tensors that only stand for others, need the op.
+    if type(logp) in (Tensor, Parameter) and not torch.compiler.is_compiling():
+        call = _PreferenceLoss.apply if torch.is_grad_enabled() else _computed
+        losses, _, statistics = call(form, *args)
+    else:
+        coefficients = list(form[2:])
+        losses, _, statistics = _preference_loss(form.kind, form.average, coefficients, *args)
     names = PAIR_STATISTICS if form.paired else KTO_STATISTICS
     return losses, dict(zip(names, statistics.unbind(), strict=True))
