@@ -193,9 +193,9 @@ def test_bad_input(loss: Any, args: tuple, kwargs: dict, message: str) -> None:
     ],
 )
 def test_bounds_that_make_no_sense_are_nan_in_the_triton_kernel(
-    bounds: list[int], bad: list[bool]
+    bounds: list[int], bad: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host does not wait for a GPU to look at them."""
+    """The host does not wait for a GPU to look at them; nothing is written beside the gradient."""
     from fastalign.kernels.preference_loss import preference_loss_bwd, preference_loss_fwd
 
     device = device_of("triton")
@@ -203,8 +203,12 @@ def test_bounds_that_make_no_sense_are_nan_in_the_triton_kernel(
     given = (logp, None, cu_seqlens, None)
     losses, slopes, _ = preference_loss_fwd(SimPO().form, *given, None, None)
     assert losses.isnan().tolist() == bad
-    dlogp = preference_loss_bwd(torch.ones(2, device=device), slopes, cu_seqlens, None, 9)
-    assert dlogp.shape == (9,)
+    around, ones = torch.zeros(29, device=device), torch.ones(2, device=device)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda n, **_: around[10 : 10 + n])
+        dlogp = preference_loss_bwd(ones, torch.ones_like(slopes), cu_seqlens, None, 9)
+    assert dlogp.shape == (9,) and torch.equal(around[:10], torch.zeros_like(around[:10]))
+    assert torch.equal(around[19:], torch.zeros_like(around[19:]))
     single, flags = torch.tensor(bounds[2:], device=device) - 5, torch.ones(2, device=device).bool()
     z0 = torch.zeros((), device=device)
     losses, *_ = preference_loss_fwd(KTO().form, logp[:4], logp[:4], single, None, flags, z0)
