@@ -72,8 +72,10 @@ def padded_sums(b: Batch) -> tuple[Tensor, ...]:
 
 
 def packed_sums(b: Batch) -> tuple[Tensor, ...]:
-    options = {"offsets": b["cu_seqlens"], "unsafe": True}
-    logp, ref_logp = (torch.segment_reduce(b[k], "sum", **options) for k in ("logp", "ref_logp"))
+    logp, ref_logp = (
+        torch.segment_reduce(b[name], "sum", offsets=b["cu_seqlens"], unsafe=True)
+        for name in ("logp", "ref_logp")
+    )
     return logp[0::2], logp[1::2], ref_logp[0::2], ref_logp[1::2]
 
 
@@ -166,7 +168,8 @@ def bench(
 def main() -> None:
     options = arguments(__doc__).parse_args()
     shapes: list[tuple[int, int]] = options.shapes or SHAPES
-    rows, absent = [], {}
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
     for shape in shapes:
         found, absent = bench(*shape, options, 2 * len(shapes))
         rows += found

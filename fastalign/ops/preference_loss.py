@@ -236,7 +236,8 @@ class _PreferenceLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if grads[0] is None:
             return (None,) * 7
-        dlogp = _computed_backward(grads[0], *ctx.saved_tensors, ctx.n_tokens)
+        slopes, cu_seqlens, mask = ctx.saved_tensors
+        dlogp = _computed_backward(grads[0], slopes, cu_seqlens, mask, ctx.n_tokens)
         return None, dlogp, *[None] * 5
 
 
