@@ -179,27 +179,30 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        form: Form,
-        x: Tokens,
-        normalizer: float | Tensor | None,
-        means: list[Tensor],
+        call: tuple[Form, Tokens, float | Tensor | None, list[Tensor]],
         logp: Tensor | None,
         entropy: Tensor | None,
         values: Tensor | None,
     ) -> Tensor:
+        form, x, normalizer, means = call
         which = choose("policy_loss", x.leading)
         ctx.on_cpu = which == "cpp"
         if which == "cpp":
             divisor = 0.0 if normalizer is None else float(normalizer)
-            loss, found, *slopes = torch.ops.fastalign_cpp.policy_loss(*form, *x, divisor)
+            results = torch.ops.fastalign_cpp.policy_loss(*form, *x, divisor)
+            loss, found, dlogp, dentropy, dvalues = results
             ctx.normalizer = 1.0
         else:
-            total, found, *slopes = _computed(form, x, which)
+            total, found, dlogp, dentropy, dvalues = _computed(form, x, which)
             ctx.normalizer = _tokens_kept(found) if normalizer is None else normalizer
             found[:2] /= ctx.normalizer
             loss = total / ctx.normalizer
         means.append(found)
-        ctx.save_for_backward(*slopes)
+        ctx.save_for_backward(
+            None if logp is None else dlogp,
+            None if entropy is None else dentropy,
+            None if values is None else dvalues,
+        )
         return loss
 
     @staticmethod
@@ -210,10 +213,8 @@ class _PolicyLoss(torch.autograd.Function):
         # On a CPU looking at the factor is free, and multiplying by one is not.
         if not ctx.on_cpu or grad.item() != 1.0:
             factor = grad / ctx.normalizer
-            slopes = [slope * factor for slope in slopes]
-        wanted = ctx.needs_input_grad[4:]
-        found = (slope if want else None for slope, want in zip(slopes, wanted, strict=True))
-        return None, None, None, None, *found
+            slopes = [None if slope is None else slope * factor for slope in slopes]
+        return None, *slopes
 
 
 def _tokens_kept(means: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def _reduced(
     if plain(x.leading):
         found: list[Tensor] = []
         entropy = x.entropy if form.entropy_coef else None
-        loss = _PolicyLoss.apply(form, x, normalizer, found, x.logp, entropy, x.values)
+        loss = _PolicyLoss.apply((form, x, normalizer, found), x.logp, entropy, x.values)
         means = found[0]
     else:
         total, means, *_ = _policy_loss(form.kind, form.kl, list(form[2:]), *x)
@@ -241,15 +242,16 @@ def _reduced(
         loss = total / divisor
         means = torch.cat([means[:2] / divisor, means[2:]])
     statistics = named_statistics(form, x, means)
-    policy_part = means[0]
+    penalty = None
     if policy.kl is not None:
         kl = policy.kl if mask is None else torch.where(mask, policy.kl, 0.0)
         share = kl if scale is None else kl * scale.repeat_interleave(len(kl) // len(scale))
         count = _tokens_kept(means)
         penalty = policy.kl_coef * share.sum() / (count if normalizer is None else normalizer)
-        loss, policy_part = loss + penalty, policy_part + penalty.detach()
+        loss = loss + penalty
         statistics["kl"] = kl.detach().sum() / count
     if x.values is not None and x.logp is not None:
+        policy_part = means[0] if penalty is None else means[0] + penalty.detach()
         statistics |= {"policy_loss": policy_part, "value_loss": means[1]}
     return loss, statistics
 

@@ -300,13 +300,10 @@ def named_statistics(form: Form, x: Tokens, means: Tensor) -> dict[str, Tensor]:
     """Of the kernels' columns those that this loss and its inputs fill, 0-d each."""
     given = tuple(t is not None for t in (x.entropy, x.old_logp, x.ref_logp, x.log_ratio))
     weighted = KINDS[form.kind] == "mle" and x.weights is not None
-    columns = means.unbind()
-    named = {
-        name: columns[at]
-        for name, at in kept(_filled)(
-            KINDS[form.kind], given, weighted, form.upper, form.value_clip > 0
-        )
-    }
+    filled = kept(_filled)(KINDS[form.kind], given, weighted, form.upper, form.value_clip > 0)
+    # A few columns are cheaper one by one.
+    columns = means.unbind() if len(filled) > 8 else means
+    named = {name: columns[at] for name, at in filled}
     if "weight" in named:
         named["effective_sample_size"] = _effective_sample_size(form, x, columns)
     return named
@@ -332,7 +329,7 @@ def _filled(
     return [(name, COLUMNS.index(name)) for name in names] + residual
 
 
-def _effective_sample_size(form: Form, x: Tokens, columns: tuple[Tensor, ...]) -> Tensor:
+def _effective_sample_size(form: Form, x: Tokens, columns: Tensor | tuple[Tensor, ...]) -> Tensor:
     if KINDS[form.kind] == "awr" and form.upper > LARGEST_SQUARED:
         assert x.advantages is not None
         logs = (form.scale * x.advantages).clamp(max=form.upper)
