@@ -162,10 +162,10 @@ def test_equal_cells_come_out_as_zero(backend: str, count: int, value: float) ->
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_small_spread_beside_a_large_mean(backend: str) -> None:
-    """Cells 4096 + k / 1024, k = 0..9: mean of k 4.5, variance 82.5 / 9; no digit of them is lost,
-    where the sum of squares in float32 would have lost all."""
-    k = torch.arange(10.0, device=device_of(backend)).repeat(1000)
-    want = (k.double() - 4.5) / (82_500 / 9999 + 1e-8 * 1024**2) ** 0.5
+    """Cells 4096 + k / 1024, k = 0, 1, 3, 7: the mean of k is 2.75, for which float32 has no digit
+    beside 4096; squares 7.5625 + 3.0625 + .0625 + 18.0625 = 28.75."""
+    k = torch.tensor([0.0, 1.0, 3.0, 7.0], device=device_of(backend)).repeat(2500)
+    want = (k.double() - 2.75) / (2500 * 28.75 / 9999 + 1e-8 * 1024**2) ** 0.5
     with fa.backend(backend):
         y = whiten(4096.0 + k / 1024.0)
     assert (y - want).abs().max().item() <= 3 * TOLERANCES[torch.float32].floor
