@@ -1,13 +1,15 @@
-"""Generalised advantage estimation as a reverse scan: one program per sequence, from the end.
+"""The scans over time (gae, lambda_returns, vtrace), from the end of each sequence to its start.
 
-Each kept token maps the advantage after it to its own, A -> delta + gamma lam A, and a dropped one
+Each kept token maps the advantage after it to its own, A -> shift + scale A, and a dropped one
 leaves it as it is. These affine maps compose associatively, so a block of tokens is one scan, and
 two numbers are carried between blocks: the advantage and the value of the next kept token. Rewards,
-values and mask are read once (their neighbours come from the cache), advantages and returns are
+values, log-ratios and mask are read once (their neighbours come from the cache), results are
 written once.
 
-Few long sequences are split: ``_gae_chunk_kernel`` composes the maps of each chunk, and the main
-kernel then treats a chunk as a sequence that begins with the composition of the chunks after it.
+A program takes one sequence, or BATCH_ROWS short ones. Few long sequences are split:
+``_scan_chunk_kernel`` composes the maps of each chunk, and the main kernel then treats a chunk as a
+sequence that begins with the composition of the chunks after it. No program waits for another, and
+all sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -21,21 +23,26 @@ BLOCK_T = 1024
 CHUNK = 4096  # tokens of one program when sequences are split
 BLOCK_CHUNKS = 128  # chunks whose maps are composed at once
 SPLIT_BELOW = 128  # sequences; from here on they fill a large GPU on their own
+BATCH_UPTO = 256  # mean tokens of sequences of which a program takes several
+BATCH_ROWS = 16
+BATCH_T = 32
+BLOCK_PARTS = 1024  # programs whose moments are added up at once
 # One compilation serves all sizes and alignments: sequences begin anywhere, so an aligned tensor
 # gains nothing.
 GENERIC = {
-    "do_not_specialize": ["n_steps", "n_chunks"],
+    "do_not_specialize": ["n_rows", "n_steps", "n_chunks", "n_parts"],
     "do_not_specialize_on_alignment": [
         "rewards_ptr",
         "values_ptr",
+        "log_ratio_ptr",
         "mask_ptr",
         "cu_seqlens_ptr",
         "bootstrap_ptr",
         "rates_ptr",
-        "scales_ptr",
-        "shifts_ptr",
+        "maps_ptr",
         "advantages_ptr",
         "returns_ptr",
+        "parts_ptr",
     ],
 }
 
@@ -46,220 +53,404 @@ def _compose(scale_late, shift_late, scale_early, shift_early):
 
 
 @triton.jit
+def _compose_with_rest(
+    scale_late, shift_late, rest_scale_late, rest_shift_late,
+    scale_early, shift_early, rest_scale_early, rest_shift_early,
+):  # fmt: skip
+    """Maps of a range of tokens, and of the same range without its earliest token."""
+    scale, shift = _compose(scale_late, shift_late, scale_early, shift_early)
+    rest_scale, rest_shift = _compose(scale_late, shift_late, rest_scale_early, rest_shift_early)
+    return scale, shift, rest_scale, rest_shift
+
+
+@triton.jit
 def _smaller(a, b):
     return tl.minimum(a, b)
 
 
 @triton.jit
-def _first(x, BLOCK: tl.constexpr):
-    """The first element of a block."""
-    return tl.sum(tl.where(tl.arange(0, BLOCK) == 0, x, 0.0), 0)
+def _first(x, columns):
+    """The first column of a tile, [rows, 1]."""
+    return tl.sum(tl.where(columns == 0, x, 0.0), 1, keep_dims=True)
 
 
 @triton.jit
-def _sequence(cu_seqlens_ptr, n_steps, row, PACKED: tl.constexpr):
-    """Where a sequence begins and how long it is."""
+def _sequence(cu_seqlens_ptr, n_steps, row, real, PACKED: tl.constexpr):
+    """Where sequences begin and how long they are; n_steps is the number of tokens if packed.
+
+    Offsets that mark no tokens of the tensors, which nobody has looked at on a GPU, are cut off.
+    """
     if PACKED:
-        begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + row + 1) - begin).to(tl.int32)
+        begin = tl.load(cu_seqlens_ptr + row, mask=real, other=0)
+        end = tl.load(cu_seqlens_ptr + row + 1, mask=real, other=0)
+        begin = tl.minimum(tl.maximum(begin, 0), n_steps)
+        length = tl.minimum(tl.maximum(end, begin), n_steps) - begin
+        begin = begin.to(tl.int64)
     else:
         begin = row * n_steps
-        length = n_steps
+        length = tl.where(real, n_steps, 0)
     return begin, length
 
 
 @triton.jit
+def _chunk(
+    cu_seqlens_ptr, n_rows, n_steps, n_chunks, PACKED: tl.constexpr, CHUNK_T: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """The sequence of this program and its chunk of it.
+
+    Packed sequence s has the programs from cu_seqlens[s] // CHUNK_T + s on: at least as many as it
+    has chunks, and no more of them in total than chunks of all tokens and sequences.
+    """
+    program = tl.program_id(0)
+    if PACKED:
+        s = tl.arange(0, BLOCK_SEQUENCES)
+        begins = tl.load(cu_seqlens_ptr + s, mask=s < n_rows, other=0)
+        begins = tl.minimum(tl.maximum(begins, 0), n_steps)
+        programs = begins // CHUNK_T + s
+        mine = (s < n_rows) & (programs <= program)
+        row = tl.max(tl.where(mine, s, 0), 0)
+        chunk = program - tl.max(tl.where(mine, programs, 0), 0)
+    else:
+        row = program // n_chunks
+        chunk = program % n_chunks
+    return row.to(tl.int64), chunk
+
+
+@triton.jit
 def _rates_and_end(
-    rates_ptr, bootstrap_ptr, row, gamma, lam, PER_ROW: tl.constexpr, HAS_BOOTSTRAP: tl.constexpr
-):
-    """gamma, lam and the value after the last token of a sequence."""
+    rates_ptr, bootstrap_ptr, row, real, gamma, lam, PER_ROW: tl.constexpr,
+    HAS_BOOTSTRAP: tl.constexpr,
+):  # fmt: skip
+    """gamma, lam and the value after the last token of sequences."""
     if PER_ROW:
-        gamma = tl.load(rates_ptr + 2 * row)
-        lam = tl.load(rates_ptr + 2 * row + 1)
+        gamma = tl.load(rates_ptr + 2 * row, mask=real, other=0.0)
+        lam = tl.load(rates_ptr + 2 * row + 1, mask=real, other=0.0)
     last = 0.0
     if HAS_BOOTSTRAP:
-        last = tl.load(bootstrap_ptr + row)
+        last = tl.load(bootstrap_ptr + row, mask=real, other=0.0)
     return gamma, lam, last
 
 
 @triton.jit
-def _is_kept(mask_ptr, t, inside, HAS_MASK: tl.constexpr):
+def _is_kept(mask_ptr, at, inside, HAS_MASK: tl.constexpr):
     kept = inside
     if HAS_MASK:
-        kept = inside & (tl.load(mask_ptr + t, mask=inside, other=0) != 0)
+        kept = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
     return kept
 
 
 @triton.jit
-def _value_from(values_ptr, mask_ptr, t, length, last, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """The value of the first kept token at or after t, `last` if there is none."""
+def _value_from(
+    values_ptr, mask_ptr, begin, t, length, last, HAS_VALUES: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The value of the first kept token at or after t of one sequence, `last` if there is none."""
     value = last
-    if HAS_MASK:
+    if HAS_MASK and HAS_VALUES:
         searching = t < length
         while searching:
             at = t + tl.arange(0, BLOCK)
-            kept = _is_kept(mask_ptr, at, at < length, HAS_MASK)
+            kept = _is_kept(mask_ptr, begin + at, at < length, HAS_MASK)
             first = tl.min(tl.where(kept, at, length), 0)
-            value = tl.load(values_ptr + first, mask=first < length, other=0.0).to(tl.float32)
-            value = tl.where(first < length, value, last)
+            value = tl.load(values_ptr + begin + first, mask=first < length, other=0.0)
+            value = tl.where(first < length, value.to(tl.float32), last)
             t += BLOCK
             searching = (first == length) & (t < length)
     return value
 
 
 @triton.jit
-def _deltas(
-    rewards_ptr,
-    values_ptr,
-    mask_ptr,
-    t,
-    end,
-    length,
-    next_value,
-    last,
-    gamma,
-    HAS_MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Of a block of tokens t < end: (kept, value, delta, value of the first kept one or after)."""
-    kept = _is_kept(mask_ptr, t, t < end, HAS_MASK)
-    reward = tl.load(rewards_ptr + t, mask=kept, other=0.0).to(tl.float32)
-    value = tl.load(values_ptr + t, mask=kept, other=0.0).to(tl.float32)
-    if HAS_MASK:
-        # Position t looks at token t + 1: the scan ends in the next kept token and needs no shift.
-        following = _is_kept(mask_ptr, t + 1, t + 1 < end, HAS_MASK)
-        following = following & (tl.arange(0, BLOCK) < BLOCK - 1)
-        at = tl.associative_scan(tl.where(following, t + 1, end), 0, _smaller, reverse=True)
-        after = tl.load(values_ptr + at, mask=at < end, other=0.0).to(tl.float32)
-        after = tl.where(at < end, after, next_value)
-        next_value = _first(tl.where(kept, value, after), BLOCK)
-    else:
-        after = tl.load(values_ptr + t + 1, mask=t + 1 < length, other=0.0).to(tl.float32)
-        after = tl.where(t + 1 < length, after, last)
-    delta = reward + gamma * after - value
-    return kept, value, delta, next_value
+def _maps(
+    rewards_ptr, values_ptr, log_ratio_ptr, mask_ptr, begin, t, columns, end, length, next_value,
+    last, gamma, lam, rho_bar, c_bar,
+    HAS_VALUES: tl.constexpr, HAS_RATIO: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of tokens t < end: (kept, value, delta, weight, scale, shift, value of the first
+    kept one or after)."""
+    kept = _is_kept(mask_ptr, begin + t, t < end, HAS_MASK)
+    delta = tl.load(rewards_ptr + begin + t, mask=kept, other=0.0).to(tl.float32)
+    value = tl.zeros_like(delta)
+    if HAS_VALUES:
+        value = tl.load(values_ptr + begin + t, mask=kept, other=0.0).to(tl.float32)
+        if HAS_MASK:
+            # Column t looks at token t + 1: the scan ends in the next kept token, with no shift.
+            following = _is_kept(mask_ptr, begin + t + 1, t + 1 < end, HAS_MASK)
+            following = following & (columns < BLOCK - 1)
+            at = tl.associative_scan(tl.where(following, t + 1, end), 1, _smaller, reverse=True)
+            after = tl.load(values_ptr + begin + at, mask=at < end, other=0.0).to(tl.float32)
+            after = tl.where(at < end, after, next_value)
+            next_value = _first(tl.where(kept, value, after), columns)
+        else:
+            inside = t + 1 < length
+            after = tl.load(values_ptr + begin + t + 1, mask=inside, other=0.0).to(tl.float32)
+            after = tl.where(inside, after, last)
+        delta = delta + gamma * after - value
+    weight = tl.zeros_like(delta) + 1.0
+    scale = gamma * lam * weight
+    shift = delta
+    if HAS_RATIO:
+        weight = tl.exp(tl.load(log_ratio_ptr + begin + t, mask=kept, other=0.0))
+        # Not tl.minimum, which drops NaN.
+        scale = gamma * lam * tl.where(weight > c_bar, c_bar, weight)
+        shift = tl.where(weight > rho_bar, rho_bar, weight) * delta
+    scale = tl.where(kept, scale, 1.0)
+    shift = tl.where(kept, shift, 0.0)
+    return kept, value, delta, weight, scale, shift, next_value
 
 
 @triton.jit(**GENERIC)
-def _gae_chunk_kernel(
-    rewards_ptr,
-    values_ptr,
-    mask_ptr,
-    cu_seqlens_ptr,
-    bootstrap_ptr,
-    rates_ptr,
-    scales_ptr,  # [rows, n_chunks] float32, as the shifts
-    shifts_ptr,
-    n_steps,
-    n_chunks,
-    gamma,
-    lam,
-    HAS_MASK: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_BOOTSTRAP: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    CHUNK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    begin, length = _sequence(cu_seqlens_ptr, n_steps, row, PACKED)
+def _scan_chunk_kernel(
+    rewards_ptr, values_ptr, log_ratio_ptr, mask_ptr, cu_seqlens_ptr, bootstrap_ptr, rates_ptr,
+    maps_ptr,  # [programs, 2] float32: scale and shift
+    n_rows, n_steps, n_chunks, gamma, lam, rho_bar, c_bar, pg_rho_bar,
+    HAS_VALUES: tl.constexpr, HAS_RATIO: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_BOOTSTRAP: tl.constexpr, PER_ROW: tl.constexpr,
+    CHUNK_T: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    row, chunk = _chunk(cu_seqlens_ptr, n_rows, n_steps, n_chunks, PACKED, CHUNK_T, BLOCK_SEQUENCES)
+    begin, length = _sequence(cu_seqlens_ptr, n_steps, row, True, PACKED)
     gamma, lam, last = _rates_and_end(
-        rates_ptr, bootstrap_ptr, row, gamma, lam, PER_ROW, HAS_BOOTSTRAP
+        rates_ptr, bootstrap_ptr, row, True, gamma, lam, PER_ROW, HAS_BOOTSTRAP
     )
-    rewards_ptr += begin
-    values_ptr += begin
-    mask_ptr += begin
+    columns = tl.arange(0, BLOCK)[None, :]
     start = chunk * CHUNK_T
     end = tl.minimum(start + CHUNK_T, length)
-    next_value = _value_from(values_ptr, mask_ptr, end, length, last, HAS_MASK, BLOCK)
-    total_scale = 1.0
-    total_shift = 0.0
-    n_blocks = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
-    for block in range(n_blocks):
-        t = start + (n_blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        kept, _, delta, next_value = _deltas(
-            rewards_ptr, values_ptr, mask_ptr, t, end, length, next_value, last, gamma,
-            HAS_MASK, BLOCK,
-        )  # fmt: skip
-        scale = tl.where(kept, gamma * lam, 1.0)
-        shift = tl.where(kept, delta, 0.0)
-        scale, shift = tl.associative_scan((scale, shift), 0, _compose, reverse=True)
-        first_scale = _first(scale, BLOCK)
-        total_shift = first_scale * total_shift + _first(shift, BLOCK)
-        total_scale = first_scale * total_scale
-    tl.store(scales_ptr + row * n_chunks + chunk, total_scale)
-    tl.store(shifts_ptr + row * n_chunks + chunk, total_shift)
+    if (chunk > 0) & (start < length):  # nobody asks for the map of the first chunk
+        next_value = _value_from(
+            values_ptr, mask_ptr, begin, end, length, last, HAS_VALUES, HAS_MASK, BLOCK
+        )
+        next_value = tl.zeros([1, 1], tl.float32) + next_value
+        total_scale = tl.full([1, 1], 1.0, tl.float32)
+        total_shift = tl.zeros([1, 1], tl.float32)
+        n_blocks = tl.cdiv(end - start, BLOCK)
+        for block in range(n_blocks):
+            t = start + (n_blocks - 1 - block) * BLOCK + columns
+            _, _, _, _, scale, shift, next_value = _maps(
+                rewards_ptr, values_ptr, log_ratio_ptr, mask_ptr, begin, t, columns, end, length,
+                next_value, last, gamma, lam, rho_bar, c_bar,
+                HAS_VALUES, HAS_RATIO, HAS_MASK, BLOCK,
+            )  # fmt: skip
+            scale, shift = tl.associative_scan((scale, shift), 1, _compose, reverse=True)
+            first_scale = _first(scale, columns)
+            total_shift = first_scale * total_shift + _first(shift, columns)
+            total_scale = first_scale * total_scale
+        at = maps_ptr + 2 * tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int32)
+        tl.store(at, total_scale)
+        tl.store(at + 1, total_shift)
+
+
+@triton.jit
+def _merged(count, mean, squares, other_count, other_mean, other_squares):
+    """Moments of two sets of numbers together: count, mean, squares about it."""
+    total = count + other_count
+    # A division in float64 would take a stack.
+    share = (other_count.to(tl.float32) / tl.maximum(total, 1.0).to(tl.float32)).to(tl.float64)
+    gap = other_mean - mean
+    return total, mean + gap * share, squares + other_squares + gap * gap * count * share
+
+
+@triton.jit
+def _tile_moments(x, kept):
+    """Count, mean and squares about it in float64; the second pass also corrects the mean."""
+    count = tl.sum(tl.sum(kept.to(tl.int32), 1), 0)
+    n = tl.maximum(count, 1).to(tl.float32)
+    centre = tl.sum(tl.sum(tl.where(kept, x, 0.0), 1), 0) / n
+    d = tl.where(kept, x - centre, 0.0)
+    off = tl.sum(tl.sum(d, 1), 0) / n
+    squares = tl.sum(tl.sum(d * d, 1), 0) - off * off * n
+    return count.to(tl.float64), centre.to(tl.float64) + off, squares.to(tl.float64)
 
 
 @triton.jit(**GENERIC)
-def _gae_fwd_kernel(
-    rewards_ptr,
-    values_ptr,
-    mask_ptr,
-    cu_seqlens_ptr,
-    bootstrap_ptr,
-    rates_ptr,
-    scales_ptr,
-    shifts_ptr,
-    advantages_ptr,
-    returns_ptr,
-    n_steps,
-    n_chunks,
-    gamma,
-    lam,
-    HAS_MASK: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_BOOTSTRAP: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    CHUNK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_MAPS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    begin, length = _sequence(cu_seqlens_ptr, n_steps, row, PACKED)
-    gamma, lam, last = _rates_and_end(
-        rates_ptr, bootstrap_ptr, row, gamma, lam, PER_ROW, HAS_BOOTSTRAP
-    )
-    rewards_ptr += begin
-    values_ptr += begin
-    mask_ptr += begin
-    advantages_ptr += begin
-    returns_ptr += begin
-    start = 0
-    end = length
-    next_value = last
-    carry = 0.0
+def _scan_kernel(
+    rewards_ptr, values_ptr, log_ratio_ptr, mask_ptr, cu_seqlens_ptr, bootstrap_ptr, rates_ptr,
+    maps_ptr, advantages_ptr, returns_ptr,
+    parts_ptr,  # [programs, 3] float64, the moments of each program's advantages
+    n_rows, n_steps, n_chunks, gamma, lam, rho_bar, c_bar, pg_rho_bar,
+    HAS_VALUES: tl.constexpr, HAS_RATIO: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_BOOTSTRAP: tl.constexpr, PER_ROW: tl.constexpr,
+    CHUNK_T: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
+    HAS_ADVANTAGES: tl.constexpr, HAS_PARTS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_MAPS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)[None, :]
+    carry = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+    next_value = tl.zeros([BLOCK_ROWS, 1], tl.float32)
     if SPLIT:
-        chunk = tl.program_id(1)
+        row, chunk = _chunk(
+            cu_seqlens_ptr, n_rows, n_steps, n_chunks, PACKED, CHUNK_T, BLOCK_SEQUENCES
+        )
+        begin, length = _sequence(cu_seqlens_ptr, n_steps, row, True, PACKED)
+        gamma, lam, last = _rates_and_end(
+            rates_ptr, bootstrap_ptr, row, True, gamma, lam, PER_ROW, HAS_BOOTSTRAP
+        )
         start = chunk * CHUNK_T
         end = tl.minimum(start + CHUNK_T, length)
-        next_value = _value_from(values_ptr, mask_ptr, end, length, last, HAS_MASK, BLOCK)
-        n_later = n_chunks - 1 - chunk
-        n_blocks = tl.cdiv(n_later, BLOCK_MAPS)
+        next_value += _value_from(
+            values_ptr, mask_ptr, begin, end, length, last, HAS_VALUES, HAS_MASK, BLOCK
+        )
+        if not HAS_VALUES:
+            carry += last
+        n_later = tl.cdiv(length, CHUNK_T) - 1 - chunk
+        n_blocks = tl.cdiv(tl.maximum(n_later, 0), BLOCK_MAPS)
         for block in range(n_blocks):
-            later = (n_blocks - 1 - block) * BLOCK_MAPS + tl.arange(0, BLOCK_MAPS)
-            at = row * n_chunks + chunk + 1 + later
-            scale = tl.load(scales_ptr + at, mask=later < n_later, other=1.0)
-            shift = tl.load(shifts_ptr + at, mask=later < n_later, other=0.0)
-            scale, shift = tl.associative_scan((scale, shift), 0, _compose, reverse=True)
-            carry = _first(scale, BLOCK_MAPS) * carry + _first(shift, BLOCK_MAPS)
+            later = (n_blocks - 1 - block) * BLOCK_MAPS + tl.arange(0, BLOCK_MAPS)[None, :]
+            at = maps_ptr + 2 * (program + 1 + later)
+            scale = tl.load(at, mask=later < n_later, other=1.0)
+            shift = tl.load(at + 1, mask=later < n_later, other=0.0)
+            scale, shift = tl.associative_scan((scale, shift), 1, _compose, reverse=True)
+            first = tl.arange(0, BLOCK_MAPS)[None, :]
+            carry = _first(scale, first) * carry + _first(shift, first)
+        n_blocks = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+    else:
+        row = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+        begin, length = _sequence(cu_seqlens_ptr, n_steps, row, row < n_rows, PACKED)
+        gamma, lam, last = _rates_and_end(
+            rates_ptr, bootstrap_ptr, row, row < n_rows, gamma, lam, PER_ROW, HAS_BOOTSTRAP
+        )
+        start = 0
+        end = length
+        next_value += last
+        if not HAS_VALUES:
+            carry += last
+        n_blocks = tl.cdiv(tl.max(tl.max(length, 1), 0), BLOCK)
 
-    n_blocks = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+    count = tl.full([], 0.0, tl.float64)
+    mean = tl.full([], 0.0, tl.float64)
+    squares = tl.full([], 0.0, tl.float64)
     for block in range(n_blocks):
-        t = start + (n_blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        kept, value, delta, next_value = _deltas(
-            rewards_ptr, values_ptr, mask_ptr, t, end, length, next_value, last, gamma,
-            HAS_MASK, BLOCK,
+        t = start + (n_blocks - 1 - block) * BLOCK + columns
+        kept, value, delta, weight, scale, shift, next_value = _maps(
+            rewards_ptr, values_ptr, log_ratio_ptr, mask_ptr, begin, t, columns, end, length,
+            next_value, last, gamma, lam, rho_bar, c_bar, HAS_VALUES, HAS_RATIO, HAS_MASK, BLOCK,
         )  # fmt: skip
-        scale = tl.where(kept, gamma * lam, 1.0)
-        shift = tl.where(kept, delta, 0.0)
-        scale, shift = tl.associative_scan((scale, shift), 0, _compose, reverse=True)
-        advantage = scale * carry + shift
-        carry = _first(advantage, BLOCK)
-        tl.store(advantages_ptr + t, tl.where(kept, advantage, 0.0), mask=t < end)
-        tl.store(returns_ptr + t, tl.where(kept, advantage + value, 0.0), mask=t < end)
+        if HAS_RATIO:
+            rest = (tl.zeros_like(scale) + 1.0, tl.zeros_like(shift))
+            scale, shift, rest_scale, rest_shift = tl.associative_scan(
+                (scale, shift, rest[0], rest[1]), 1, _compose_with_rest, reverse=True
+            )
+            capped = tl.where(weight > pg_rho_bar, pg_rho_bar, weight)
+            result = capped * (delta + gamma * (rest_scale * carry + rest_shift))
+            advantage = scale * carry + shift
+        else:
+            scale, shift = tl.associative_scan((scale, shift), 1, _compose, reverse=True)
+            advantage = scale * carry + shift
+            result = advantage
+        tl.store(returns_ptr + begin + t, tl.where(kept, advantage + value, 0.0), mask=t < end)
+        result = tl.where(kept, result, 0.0)
+        if HAS_ADVANTAGES:
+            tl.store(advantages_ptr + begin + t, result, mask=t < end)
+        if HAS_PARTS:
+            moments = _tile_moments(advantage, kept)
+            count, mean, squares = _merged(count, mean, squares, moments[0], moments[1], moments[2])
+        carry = _first(advantage, columns)
+    if HAS_PARTS:
+        tl.store(parts_ptr + 3 * program, count)
+        tl.store(parts_ptr + 3 * program + 1, mean)
+        tl.store(parts_ptr + 3 * program + 2, squares)
+
+
+@triton.jit(**GENERIC)
+def _statistics_kernel(
+    parts_ptr,  # [n_parts, 3] float64, as in _scan_kernel
+    out_ptr,  # [3] float64: count, mean, unbiased variance
+    n_parts,
+    BLOCK: tl.constexpr,
+):
+    count = tl.full([], 0.0, tl.float64)
+    mean = tl.full([], 0.0, tl.float64)
+    squares = tl.full([], 0.0, tl.float64)
+    for first in range(0, n_parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        at = parts_ptr + 3 * part.to(tl.int64)
+        counts = tl.load(at, mask=part < n_parts, other=0.0)
+        means = tl.load(at + 1, mask=part < n_parts, other=0.0)
+        own = tl.load(at + 2, mask=part < n_parts, other=0.0)
+        n = tl.sum(counts, 0)
+        centre = tl.sum(counts * means, 0) / tl.maximum(n, 1.0)
+        own += counts * (means - centre) * (means - centre)
+        count, mean, squares = _merged(count, mean, squares, n, centre, tl.sum(own, 0))
+    variance = squares / tl.maximum(count - 1.0, 1.0)
+    i = tl.arange(0, 4)
+    tl.store(out_ptr + i, tl.where(i == 0, count, tl.where(i == 1, mean, variance)), mask=i < 3)
+
+
+def scan(
+    rewards: Tensor,
+    values: Tensor | None,
+    log_ratio: Tensor | None,
+    caps: tuple[float, float, float],
+    gamma: float,
+    lam: float,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None,
+    rates: Tensor | None,
+    *,
+    keep_advantages: bool = True,
+    statistics: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages (empty unless kept), returns, and the statistics [3] (or empty).
+
+    Without values, those of discounted returns; with log-ratios, pg_advantages and vs of vtrace,
+    whose caps are rho_bar, c_bar and pg_rho_bar.
+    """
+    rewards = rewards.contiguous()
+    returns = torch.empty_like(rewards, dtype=torch.float32)
+    advantages = torch.empty_like(returns) if keep_advantages else returns.new_empty(0)
+    stats = returns.new_zeros(3 if statistics else 0, dtype=torch.float64)
+    if rewards.numel() == 0:
+        return advantages, returns, stats
+    n_rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n_tokens, n_steps = rewards.numel(), rewards.shape[-1]
+    split = n_rows < SPLIT_BELOW and n_tokens > n_rows * CHUNK
+    batch = not split and n_tokens <= n_rows * BATCH_UPTO
+    block_rows = BATCH_ROWS if batch else 1
+    # Without a look at the offsets, which would wait for the GPU.
+    n_chunks = triton.cdiv(n_steps, CHUNK)
+    if split:
+        programs = n_tokens // CHUNK + n_rows if cu_seqlens is not None else n_rows * n_chunks
+    else:
+        programs = triton.cdiv(n_rows, block_rows)
+    maps = returns.new_empty(2 * programs if split else 0)
+    parts = stats.new_empty(3 * programs if statistics else 0)
+    given = (values, log_ratio, mask, cu_seqlens, bootstrap, rates)
+    # Absent tensors need some pointer; the constexpr flags keep it from being read.
+    pointers = [rewards, *(rewards if x is None else x.contiguous() for x in given), maps]
+    scalars = (n_rows, n_steps, n_chunks, gamma, lam, *caps)
+    features = {
+        "HAS_VALUES": values is not None,
+        "HAS_RATIO": log_ratio is not None,
+        "HAS_MASK": mask is not None,
+        "PACKED": cu_seqlens is not None,
+        "HAS_BOOTSTRAP": bootstrap is not None,
+        "PER_ROW": rates is not None,
+        "CHUNK_T": CHUNK,
+        "BLOCK": BATCH_T if batch else BLOCK_T,
+        "BLOCK_SEQUENCES": SPLIT_BELOW,
+        "num_warps": 4,
+    }
+    with torch.cuda.device_of(rewards):
+        if split:
+            _scan_chunk_kernel[(programs,)](*pointers, *scalars, **features)
+        _scan_kernel[(programs,)](
+            *pointers,
+            advantages,
+            returns,
+            parts,
+            *scalars,
+            **features,
+            HAS_ADVANTAGES=keep_advantages,
+            HAS_PARTS=statistics,
+            SPLIT=split,
+            BLOCK_ROWS=block_rows,
+            BLOCK_MAPS=BLOCK_CHUNKS,
+        )
+        if statistics:
+            _statistics_kernel[(1,)](parts, stats, programs, BLOCK=BLOCK_PARTS, num_warps=4)
+    return advantages, returns, stats
 
 
 def gae_fwd(
@@ -271,44 +462,8 @@ def gae_fwd(
     cu_seqlens: Tensor | None,
     bootstrap: Tensor | None,
     rates: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, float32 and contiguous; arguments as in the op ``fastalign::gae``."""
-    rewards, values = rewards.contiguous(), values.contiguous()
-    advantages = torch.empty_like(rewards, dtype=torch.float32)
-    returns = torch.empty_like(advantages)
-    if rewards.numel() == 0:
-        return advantages, returns
-    n_rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    # Without a look at the offsets, which would wait for the GPU, a packed sequence may be all.
-    longest = rewards.shape[-1]
-    split = n_rows < SPLIT_BELOW and rewards.numel() > n_rows * CHUNK
-    n_chunks = triton.cdiv(longest, CHUNK) if split else 1
-    scales, shifts = rewards.new_empty((2, n_rows, n_chunks), dtype=torch.float32).unbind()
-
-    # Absent tensors need some pointer; the constexpr flags keep it from being read.
-    optional = [None if x is None else x.contiguous() for x in (mask, cu_seqlens, bootstrap, rates)]
-    pointers = [rewards, values, *(rewards if x is None else x for x in optional), scales, shifts]
-    sizes = (longest, n_chunks, gamma, lam)
-    features = {
-        "HAS_MASK": mask is not None,
-        "PACKED": cu_seqlens is not None,
-        "HAS_BOOTSTRAP": bootstrap is not None,
-        "PER_ROW": rates is not None,
-        "CHUNK_T": CHUNK,
-        "BLOCK": BLOCK_T,
-        "num_warps": 4,
-    }
-    grid = (n_rows, n_chunks)
-    with torch.cuda.device_of(rewards):
-        if split:
-            _gae_chunk_kernel[grid](*pointers, *sizes, **features)
-        _gae_fwd_kernel[grid](
-            *pointers,
-            advantages,
-            returns,
-            *sizes,
-            **features,
-            SPLIT=split,
-            BLOCK_MAPS=BLOCK_CHUNKS,
-        )
-    return advantages, returns
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in the op ``fastalign::gae``."""
+    settings = (gamma, lam, mask, cu_seqlens, bootstrap, rates)
+    return scan(rewards, values, None, (1.0, 1.0, 1.0), *settings, statistics=statistics)

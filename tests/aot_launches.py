@@ -15,6 +15,7 @@ from torch import Tensor
 from fastalign.kernels.bradley_terry_loss import bradley_terry_loss_fwd
 from fastalign.kernels.gae import gae_fwd
 from fastalign.kernels.kl_estimate import kl_estimate_bwd, kl_estimate_fwd
+from fastalign.kernels.lambda_returns import lambda_returns_fwd
 from fastalign.kernels.policy_loss import policy_loss_fwd, policy_loss_terms_fwd
 from fastalign.kernels.preference_loss import preference_loss_bwd, preference_loss_fwd
 from fastalign.kernels.reduce_scores import dscores_fwd, reduce_scores_fwd
@@ -22,6 +23,7 @@ from fastalign.kernels.reward_heads import reward_heads_bwd, reward_heads_fwd
 from fastalign.kernels.token_kl import kl_dlogits_fwd, kl_stats_fwd
 from fastalign.kernels.token_logprobs import dlogits_fwd, row_stats_fwd
 from fastalign.kernels.token_rewards import token_rewards_fwd
+from fastalign.kernels.vtrace import vtrace_fwd
 from fastalign.kernels.whiten import moments_fwd, whiten_bwd, whiten_by_fwd
 from fastalign.losses import APA, AWR, DPO, GRPO, KTO, MLE, PPO, XPO, SimPO
 from fastalign.losses.preference import PreferenceLoss
@@ -63,14 +65,19 @@ def kl_kernels(
     kl_dlogits_fwd(logits, g, e, g, logits, ref_logits, *settings, *stats)
 
 
-def gae(rows: int, steps: int, packed: bool = False, features: bool = False) -> None:
+def scans(rows: int, steps: int, packed: bool = False, features: bool = False) -> None:
+    """gae, lambda-returns, discounted returns and vtrace; ``features``: all that are optional."""
     shape = (rows * steps,) if packed else (rows, steps)
     rewards = torch.empty(shape, dtype=torch.bfloat16 if features else torch.float32)
     mask = torch.ones(shape, dtype=torch.bool) if features else None
     offsets = torch.arange(0, rows * steps + 1, steps, dtype=torch.int32) if packed else None
     bootstrap = torch.zeros(rows) if features else None
     rates = torch.ones(rows, 2) if features else None
-    gae_fwd(rewards, rewards, 1.0, 0.95, mask, offsets, bootstrap, rates)
+    settings = (mask, offsets, bootstrap, rates)
+    gae_fwd(rewards, rewards, 1.0, 0.95, *settings, statistics=features)
+    lambda_returns_fwd(rewards, rewards, 1.0, 0.95, *settings)
+    lambda_returns_fwd(rewards, None, 1.0, 1.0, *settings)
+    vtrace_fwd(rewards, rewards, rewards.float(), 1.0, 0.95, 1.0, 1.0, 1.0, *settings)
 
 
 def policy_loss(loss: object, n: int, features: str = "", start: int = 0) -> None:
@@ -213,10 +220,13 @@ LAUNCHES: dict[str, Launch] = {
         for rest, softcap in (("plain", 0.0), ("soft-cap", 30.0))
     },
     "kl fp16, no entropy": lambda: kl_kernels(torch.float16, torch.float16, 32_000, entropy=False),
-    "gae": lambda: gae(64, 512),
-    "gae packed, all features": lambda: gae(64, 512, packed=True, features=True),
-    "gae, few long rows": lambda: gae(2, 100_000),
-    "gae, few long rows, all features": lambda: gae(2, 100_000, features=True),
+    "scans": lambda: scans(64, 512),
+    "scans packed, all features": lambda: scans(64, 512, packed=True, features=True),
+    "scans, few long rows": lambda: scans(2, 100_000),
+    "scans, few long rows, all features": lambda: scans(2, 100_000, features=True),
+    "scans, few long rows, packed": lambda: scans(2, 100_000, packed=True),
+    "scans, many short rows": lambda: scans(500, 60),
+    "scans, many short rows, packed, all features": lambda: scans(500, 60, True, True),
     **{
         f"reward heads, {name}": partial(reward_heads, *dtypes, heads, index=heads != 16)
         for name, dtypes, heads in [
@@ -337,14 +347,19 @@ def _kl_rows(
 
 
 def gae_of_any_shape() -> Iterator[Launch]:
-    """50 random shapes: only packing and the split of few long sequences may matter, four sets of
-    flags; splitting adds a second kernel to two of them."""
+    """50 random shapes: only packing and the kind of the shape (few long sequences, many, many
+    short ones) may matter, six sets of flags; splitting adds a kernel to two of them."""
     generator = torch.Generator().manual_seed(2)
+    kinds = [((1, 20), (5000, 5500)), ((129, 149), (300, 600)), ((129, 900), (1, 250))]
     for i in range(50):
-        few = i % 2 == 0
-        rows = int(torch.randint(1, 20, (), generator=generator)) + (0 if few else 128)
-        steps = int(torch.randint(1, 300, (), generator=generator)) + (4096 if few else 0)
-        yield partial(gae, rows, steps, i % 4 < 2)
+        rows, steps = (int(torch.randint(*ends, (), generator=generator)) for ends in kinds[i % 3])
+        yield partial(gae, rows, steps, i % 2 < 1)
+
+
+def gae(rows: int, steps: int, packed: bool) -> None:
+    rewards = torch.empty((rows * steps,) if packed else (rows, steps))
+    offsets = torch.arange(0, rows * steps + 1, steps, dtype=torch.int32) if packed else None
+    gae_fwd(rewards, rewards, 1.0, 0.95, None, offsets, None, None, statistics=True)
 
 
 def heads_of_any_shape() -> Iterator[Launch]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scans import BACKENDS, DTYPES, device_of, make_inputs, small_blocks, to_double
 from torch import Tensor
 
 import fastalign as fa
 from fastalign.ops.gae import gae, gae_reference
 from fastalign.testing import assert_no_worse
-
-CUDA = torch.cuda.is_available()
-BACKENDS = ["reference", "cpp", "triton"]
 
 SHAPES = [
     (1, 1),  # one token: no successor at all
@@ -20,37 +18,8 @@ SHAPES = [
     (2, 1025),  # one token past a block: the carry holds a single token's map
     (2, 2500),  # several blocks, the last one ragged
     (9, 3),  # more rows than steps
+    (37, 33),  # short rows, of which a Triton program takes sixteen; one token past their block
 ]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and CUDA else "cpu"
-
-
-def make_inputs(
-    rows: int, steps: int, dtype: torch.dtype, device: str, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rewards, values, a mask in runs (turns of a dialogue) and bootstrap values."""
-    random = torch.Generator().manual_seed(seed)
-    rewards = torch.randn(rows, steps, generator=random)
-    values = 2.0 + torch.randn(rows, steps, generator=random)
-    turns = torch.rand(rows, steps // 16 + 1, generator=random) < 0.6
-    mask = turns.repeat_interleave(16, dim=1)[:, :steps]
-    bootstrap = torch.randn(rows, generator=random)
-    return (
-        rewards.to(device, dtype),
-        values.to(device, dtype),
-        mask.to(device),
-        bootstrap.to(device),
-    )
-
-
-def to_double(kwargs: dict) -> dict:
-    return {
-        key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for key, x in kwargs.items()
-    }
 
 
 def eager_in_dtype(rewards: Tensor, values: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
@@ -92,10 +61,7 @@ def test_triton_splits_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 
     gamma = .99 and lam = 1 keep far chunks in play: .99^32 = .72.
     """
-    from fastalign.kernels import gae as kernels
-
-    for name, size in [("BLOCK_T", 16), ("CHUNK", 32), ("BLOCK_CHUNKS", 4)]:
-        monkeypatch.setattr(kernels, name, size)
+    small_blocks(monkeypatch)
     device = device_of("triton")
     rewards, values, mask, bootstrap = make_inputs(2, 301, torch.float32, device)
     mask[0, 70:200] = False  # whole chunks without a kept token
@@ -112,6 +78,40 @@ def test_triton_splits_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
         gamma=torch.tensor([0.99, 0.5, 0.5, 1.0], device=device),
         lam=1.0,
     )
+
+
+def test_triton_takes_several_short_sequences_at_once() -> None:
+    """Sixteen to a program, in blocks of 32 tokens, until the longest of the sixteen is done."""
+    lengths = [0, 1, 31, 32, 33, 0, 64, 65, 200, 2, 3, 5, 7, 11, 13, 17, 1, 40, 0]
+    device = device_of("triton")
+    rewards, values, mask, bootstrap = make_inputs(1, sum(lengths), torch.bfloat16, device)
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    rates = torch.linspace(0, 1, len(lengths), device=device)
+    kwargs = {
+        "cu_seqlens": offsets,
+        "bootstrap": bootstrap.expand(len(lengths)) * rates,
+        "gamma": 1.0 - 0.1 * rates,
+        "lam": rates,
+    }
+    check("triton", rewards[0], values[0], **kwargs)
+    check("triton", rewards[0], values[0], mask=mask[0], **kwargs)
+
+
+def test_triton_cuts_off_offsets_nobody_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets on a GPU are not looked at: wrong ones must not lead outside the tensors."""
+    from fastalign.kernels.gae import gae_fwd
+
+    small_blocks(monkeypatch)
+    device = device_of("triton")
+    rewards, values, _, _ = make_inputs(1, 300, torch.float32, device)
+
+    def run(ends: list[int]) -> tuple[Tensor, ...]:
+        offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+        settings = (1.0, 0.95, None, offsets, None, None, True)
+        return gae_fwd(rewards[0, 100:200], values[0, 100:200], *settings)
+
+    for one, other in zip(run([-70, 60, 170]), run([0, 60, 100]), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
@@ -185,7 +185,7 @@ def test_published_batch() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_tokens_do_not_exist(backend: str) -> None:
-    """Dropping the masked tokens and packing the others gives the same numbers, bit for bit."""
+    """Dropping the masked tokens and packing the others gives the same numbers."""
     device = device_of(backend)
     rewards, values, mask, bootstrap = make_inputs(4, 50, torch.float32, device)
     lengths = mask.sum(1)
@@ -197,12 +197,11 @@ def test_masked_tokens_do_not_exist(backend: str) -> None:
         )
     for full, dense in zip(padded, packed, strict=True):
         assert full[~mask].tolist() == [0.0] * int((~mask).sum())
-        if backend == "triton":
-            # The scan groups the same products differently where masked tokens lie between.
-            truth = dense.double()
-            assert_no_worse(full[mask], dense, truth, torch.float32)
-        else:
+        if backend == "reference":
             assert torch.equal(full[mask], dense)
+        else:
+            # A scan groups the same products differently where masked tokens lie between.
+            assert_no_worse(full[mask], dense, dense.double(), torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -333,6 +332,47 @@ def test_mixed_dtypes_take_the_wider() -> None:
     assert gae(rewards, values.double())[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tool_output_between_two_turns(backend: str) -> None:
+    """gamma = lam = 1: the reward 8 of the last turn is credited to the first one, across a reply
+    of a tool whose values (and rewards) are no number. Kept V = (1, 2, 5), r = (0, 0, 8).
+
+    delta = (0 + 2 - 1, 0 + 5 - 2, 8 - 5) = (1, 3, 3), A = (7, 6, 3), R = (8, 8, 8).
+    """
+    device = device_of(backend)
+    nan = float("nan")
+    rewards = torch.tensor([[0.0, 0.0, nan, nan, nan, 8.0, nan]], device=device)
+    values = torch.tensor([[1.0, 2.0, nan, nan, nan, 5.0, nan]], device=device)
+    with fa.backend(backend):
+        advantages, returns = gae(rewards, values, lam=1.0, mask=~rewards.isnan())
+    assert advantages.tolist() == [[7.0, 6.0, 0.0, 0.0, 0.0, 3.0, 0.0]]
+    assert returns.tolist() == [[8.0, 8.0, 0.0, 0.0, 0.0, 8.0, 0.0]]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_same_bits_again_and_whatever_the_neighbours(backend: str) -> None:
+    rewards, values, mask, bootstrap = make_inputs(5, 1500, torch.float32, device_of(backend))
+    with fa.backend(backend):
+        first, again, alone = (
+            gae(rewards[rows], values[rows], mask=mask[rows], bootstrap=bootstrap[rows])
+            for rows in (slice(5), slice(5), slice(3, 4))
+        )
+    for one, other, single in zip(first, again, alone, strict=True):
+        assert torch.equal(one, other) and torch.equal(one[3:4], single)
+
+
+def test_cpp_same_bits_with_any_number_of_threads() -> None:
+    rewards, values, mask, _ = make_inputs(70, 1025, torch.float32, "cpu")
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(gae(rewards, values, mask=mask, return_statistics=True))
+    torch.set_num_threads(before)
+    for one, two, three in zip(*found, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
 def test_no_gradient_flows() -> None:
     rewards = torch.ones(1, 3, requires_grad=True)
     values = torch.ones(1, 3, requires_grad=True)
@@ -345,8 +385,8 @@ def test_opcheck() -> None:
     offsets = torch.tensor([0, 5, 12], dtype=torch.int32)
     rates = torch.full((2, 2), 0.9)
     op = torch.ops.fastalign.gae.default
-    torch.library.opcheck(op, (rewards, values, 0.9, 0.95, mask, None, bootstrap, None))
-    flat = (rewards.flatten(), values.flatten(), 1.0, 1.0, None, offsets, bootstrap, rates)
+    torch.library.opcheck(op, (rewards, values, 0.9, 0.95, mask, None, bootstrap, None, True))
+    flat = (rewards.flatten(), values.flatten(), 1.0, 1.0, None, offsets, bootstrap, rates, False)
     torch.library.opcheck(op, flat)
 
 
@@ -365,6 +405,20 @@ def test_compiles_without_a_graph_break() -> None:
         assert torch.equal(one, other)
 
 
+def test_offsets_are_checked_in_a_compiled_graph() -> None:
+    """What they hold is known only when the graph runs."""
+
+    def packed(x: Tensor, offsets: Tensor) -> Tensor:
+        return gae(x, x, cu_seqlens=offsets)[0]
+
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    right = torch.tensor([0, 2, 6])
+    assert torch.equal(compiled(FLAT, right), packed(FLAT, right))
+    for wrong in ([0, 3, 5], [0, 7, 6], [1, 3, 6], [0, 3, 2**32 + 6]):
+        with pytest.raises(ValueError, match="gae: expected cu_seqlens to rise from 0 to N = 6"):
+            compiled(FLAT, torch.tensor(wrong))
+
+
 def test_reference_is_the_default_for_double() -> None:
     rewards, values, mask, bootstrap = make_inputs(2, 11, torch.float64, "cpu")
     direct = gae_reference(rewards, values, 1.0, 0.95, mask, None, bootstrap.double())
@@ -373,7 +427,8 @@ def test_reference_is_the_default_for_double() -> None:
 
 
 ROW, FLAT = torch.zeros(2, 3), torch.zeros(6)
-OFFSETS = torch.tensor([0, 3, 6], dtype=torch.int32)
+OFFSETS = torch.tensor([0, 3, 6], dtype=torch.int64)
+HUGE = torch.zeros(1).expand(2**31)
 
 
 @pytest.mark.parametrize(
@@ -393,6 +448,9 @@ OFFSETS = torch.tensor([0, 3, 6], dtype=torch.int32)
         ((FLAT, FLAT), {"cu_seqlens": OFFSETS[None]}, r"cu_seqlens \[S \+ 1\], got shape \(1, 3\)"),
         ((FLAT, FLAT), {"cu_seqlens": OFFSETS[:2]}, "rise from 0 to N = 6, got 0 to 3$"),
         ((FLAT, FLAT), {"cu_seqlens": OFFSETS.flip(0)}, "got 6 to 0, falling in between"),
+        ((FLAT, FLAT), {"cu_seqlens": OFFSETS + 2**32}, "got 4294967296 to 4294967302"),
+        ((FLAT, FLAT), {"cu_seqlens": OFFSETS[:0]}, r"cu_seqlens \[S \+ 1\], got shape \(0,\)"),
+        ((HUGE, HUGE), {"cu_seqlens": OFFSETS}, "at most 2147483647 packed tokens, got 2147483648"),
         ((ROW, ROW.to("meta")), {}, "values on the device of rewards, cpu, got meta"),
     ],
 )

@@ -1,0 +1,205 @@
+// The backward walk over one sequence, a register of tokens at a time; formulas and names: fastalign/ops/gae.py and
+// fastalign/ops/vtrace.py. No include guard: common.h includes it once per instruction set.
+//
+// A kept token maps the advantage after it to its own, A -> scale * A + shift, and a dropped one leaves it as it is.
+// Within a register these maps are composed in log2(kLanes) steps, so that only the advantage of its first token and
+// the value of its first kept token pass from one register to the next.
+
+namespace fastalign::FASTALIGN_ISA {
+
+// Lane i becomes lane i + k of x, and past the end of x the fill.
+template <int32_t k>
+FASTALIGN_INLINE Lanes later(Lanes x, Lanes fill) {
+#if defined(__clang__)
+  Lanes y;
+  for (int32_t i = 0; i < kLanes; ++i) y[i] = i + k < kLanes ? x[i + k] : fill[i + k - kLanes];
+  return y;
+#else
+  IntLanes from = {};
+  for (int32_t i = 0; i < kLanes; ++i) from[i] = i + k;
+  return __builtin_shuffle(x, fill, from);
+#endif
+}
+
+// sum_j decay^j x_{i + j} over the lanes from i on.
+template <int32_t k = 1>
+FASTALIGN_INLINE Lanes decayed_sums(Lanes x, float power) {
+  if constexpr (k < kLanes) {
+    return decayed_sums<2 * k>(x + power * later<k>(x, Lanes{}), power * power);
+  }
+  return x;
+}
+
+// The maps of the lanes from i on, composed.
+template <int32_t k = 1>
+FASTALIGN_INLINE void compose(Lanes& scale, Lanes& shift) {
+  if constexpr (k < kLanes) {
+    shift += scale * later<k>(shift, Lanes{});
+    scale *= later<k>(scale, broadcast(1.0f));
+    compose<2 * k>(scale, shift);
+  }
+}
+
+// x of the first lane at or after i that has a nonzero bit in `kept`, else `last`.
+template <int32_t k = 1>
+FASTALIGN_INLINE Lanes first_kept(Lanes x, IntLanes kept, float last) {
+  if constexpr (k < kLanes) {
+    const Lanes after = later<k>(x, Lanes{});
+    const IntLanes kept_after = (IntLanes)later<k>((Lanes)kept, Lanes{});
+    return first_kept<2 * k>(kept ? x : after, kept | kept_after, last);
+  }
+  return kept ? x : broadcast(last);
+}
+
+FASTALIGN_INLINE IntLanes first_lanes(int64_t n) {
+  IntLanes lane = {};
+  for (int32_t i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < (int32_t)n;
+}
+
+typedef uint8_t ByteLanes __attribute__((vector_size(FASTALIGN_BYTES / 4)));
+
+FASTALIGN_INLINE IntLanes load_mask(const bool* p, int64_t n) {
+  ByteLanes bytes = {};
+  std::memcpy(&bytes, p, n);
+  return __builtin_convertvector(bytes, IntLanes) != 0;
+}
+
+// Whether all (or none) of the kLanes cells are kept.
+FASTALIGN_INLINE bool all_are(const bool* p, bool kept) {
+  ByteLanes wanted;
+  std::memset(&wanted, kept ? 1 : 0, sizeof(wanted));
+  return std::memcmp(p, &wanted, sizeof(wanted)) == 0;
+}
+
+template <typename T>
+FASTALIGN_INLINE Lanes load_lanes(const T* p, int64_t n) {
+  return n == kLanes ? load(p) : load_some(p, n);
+}
+
+FASTALIGN_INLINE void store_lanes(float* p, Lanes x, int64_t n) {
+  if (n == kLanes) {
+    store(p, x);
+  } else {
+    store_some(p, x, n);
+  }
+}
+
+FASTALIGN_INLINE Lanes at_most(Lanes x, float most) { return x > most ? broadcast(most) : x; }  // NaN stays
+
+// Count, mean and sum of squares about it of n advantages at x, 0 where dropped. The cells are still in the cache. The
+// second pass also corrects the mean, so that equal advantages have a variance of 0.
+FASTALIGN_INLINE Moments moments_of(const float* x, const bool* mask, int64_t n) {
+  const int64_t whole = n / kLanes * kLanes;
+  Lanes sum = {}, off = {}, squares = {};
+  IntLanes counts = {};
+  const auto add = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+    sum += load_lanes(x + i, some);
+    counts -= mask ? load_mask(mask + i, some) : first_lanes(some);
+  };
+  for (int64_t i = 0; i < whole; i += kLanes) add(i, kLanes);
+  if (whole < n) add(whole, n - whole);
+  int64_t count = 0;
+  for (int64_t i = 0; i < kLanes; ++i) count += counts[i];
+  if (count == 0) return {};
+  const float centre = sum_of(sum) / static_cast<float>(count);
+  const auto add_squares = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+    const IntLanes kept = mask ? load_mask(mask + i, some) : first_lanes(some);
+    const Lanes d = kept ? load_lanes(x + i, some) - centre : Lanes{};
+    off += d;
+    squares += d * d;
+  };
+  for (int64_t i = 0; i < whole; i += kLanes) add_squares(i, kLanes);
+  if (whole < n) add_squares(whole, n - whole);
+  const double shift = static_cast<double>(sum_of(off)) / count;
+  return {static_cast<double>(count), centre + shift, sum_of(squares) - shift * shift * count};
+}
+
+// What passes from a register of tokens to the one before it.
+struct Carry {
+  float advantage, next_value;
+};
+
+// Tokens t to t + n, n = kLanes if kWhole.
+template <typename T, ScanKind kKind, bool kWhole>
+FASTALIGN_INLINE void scan_block(const ScanTokens& x, const ScanRow& row, Lanes powers, int64_t t, int64_t some,
+                                 Carry& carry) {
+  const int64_t n = kWhole ? kLanes : some;
+  const float decay = row.gamma * row.lam;
+  if (kWhole && x.mask && all_are(x.mask + t, false)) {
+    if (x.advantages) store(x.advantages + t, Lanes{});
+    store(x.returns + t, Lanes{});
+    return;
+  }
+  const T* rewards = static_cast<const T*>(x.rewards) + t;
+  const T* values = static_cast<const T*>(x.values) + t;
+  IntLanes kept = first_lanes(n);
+  const bool full = kWhole && (!x.mask || all_are(x.mask + t, true));
+  if (!full && x.mask) kept = load_mask(x.mask + t, n);
+  Lanes v = {}, from = {}, delta = kept ? load_lanes(rewards, n) : Lanes{};
+  if constexpr (kKind != ScanKind::discounted) {
+    v = kept ? load_lanes(values, n) : Lanes{};
+    from = full ? v : first_kept(v, kept, carry.next_value);
+    delta += row.gamma * later<1>(from, broadcast(carry.next_value)) - v;
+  }
+  Lanes a, out;
+  if (full && kKind != ScanKind::vtrace) {
+    a = decayed_sums(delta, decay) + powers * carry.advantage;
+    out = a;
+  } else {
+    Lanes weight = broadcast(1.0f), shift = delta, scale = broadcast(decay);
+    if constexpr (kKind == ScanKind::vtrace) {
+      weight = exp_lanes(at_most(kept ? load_lanes(x.log_ratio + t, n) : Lanes{}, 88.0f));
+      scale = decay * at_most(weight, x.clips.c_bar);
+      shift = at_most(weight, x.clips.rho_bar) * delta;
+    }
+    scale = kept ? scale : broadcast(1.0f);
+    shift = kept ? shift : Lanes{};
+    compose(scale, shift);
+    a = shift + scale * carry.advantage;
+    out = a;
+    if constexpr (kKind == ScanKind::vtrace) {
+      const Lanes a_after = later<1>(a, broadcast(carry.advantage));
+      out = at_most(weight, x.clips.pg_rho_bar) * (delta + row.gamma * a_after);
+    }
+  }
+  carry = {a[0], from[0]};
+  if (x.advantages) store_lanes(x.advantages + t, kept ? out : Lanes{}, n);
+  store_lanes(x.returns + t, kept ? a + v : Lanes{}, n);
+}
+
+template <typename T, ScanKind kKind>
+void scan_row_of(const ScanTokens& x, const ScanRow& row, Moments* moments) {
+  Lanes powers;  // of the decay, from each lane to the next register
+  float power = 1.0f;
+  for (int64_t i = kLanes - 1; i >= 0; --i) powers[i] = power *= row.gamma * row.lam;
+  Carry carry{kKind == ScanKind::discounted ? row.bootstrap : 0.0f, row.bootstrap};
+  int64_t t = row.end, pending = row.end;  // advantages [t, pending) await their moments
+  while (t > row.begin) {
+    if (t - row.begin >= kLanes) {
+      t -= kLanes;
+      scan_block<T, kKind, true>(x, row, powers, t, kLanes, carry);
+    } else {
+      scan_block<T, kKind, false>(x, row, powers, row.begin, t - row.begin, carry);
+      t = row.begin;
+    }
+    if (moments && (pending - t >= kTokensPerMoment || t == row.begin)) {
+      moments->add(moments_of(x.advantages + t, x.mask ? x.mask + t : nullptr, pending - t));
+      pending = t;
+    }
+  }
+}
+
+template <typename T>
+void scan_row(ScanKind kind, const ScanTokens& x, const ScanRow& row, Moments* moments) {
+  switch (kind) {
+    case ScanKind::gae:
+      return scan_row_of<T, ScanKind::gae>(x, row, moments);
+    case ScanKind::discounted:
+      return scan_row_of<T, ScanKind::discounted>(x, row, moments);
+    case ScanKind::vtrace:
+      return scan_row_of<T, ScanKind::vtrace>(x, row, moments);
+  }
+}
+
+}  // namespace fastalign::FASTALIGN_ISA
