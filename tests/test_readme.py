@@ -55,7 +55,7 @@ def test_python_blocks_run_and_print_what_the_page_shows(capsys: pytest.CaptureF
             assert kind == "text" and text == printed
             printed = ""
             n_printed += 1
-    assert (n_blocks, n_printed) == (5, 1)
+    assert (n_blocks, n_printed) == (6, 1)
 
     def reference(dtype: torch.dtype) -> torch.Tensor:
         hidden, weight = (names[name].detach().to(dtype) for name in ("hidden", "weight"))
@@ -101,7 +101,7 @@ def test_the_examples_of_the_loss_head_run() -> None:
                 groups=[0, 4, 6],
             )
         assert names["out"].loss.isfinite()
-    assert len(blocks) == 3 and names["out"].metrics["kl"] > 0
+    assert len(blocks) == 4 and names["out"].metrics["kl"] > 0
 
 
 def test_op_table() -> None:
