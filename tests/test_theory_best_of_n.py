@@ -23,6 +23,7 @@ from fastalign.theory import (
     tilt,
     win_rate,
 )
+from fastalign.theory.best_of_n import log_best_of_n
 
 
 def vector(*values: float) -> Tensor:
@@ -180,6 +181,15 @@ def test_extremes() -> None:
     assert torch.equal(best_of_n(vector(1), vector(3), 7), vector(1))
     base = torch.randn(9, dtype=torch.float64).softmax(0)
     assert float((best_of_n(base, torch.randn(9), 1) - base).abs().max()) < 1e-15
+
+
+def test_masses_below_the_smallest_float() -> None:
+    """In logarithms: a top symbol of mass e^-1000 has n e^-1000, a lowest one e^(-1000 n)."""
+    rank = torch.tensor([0, 1])
+    top = log_best_of_n(vector(0, -1000), rank, 3)
+    assert top.tolist() == pytest.approx([0.0, math.log(3) - 1000], abs=1e-12)
+    low = log_best_of_n(vector(-1000, 0), rank, 3)
+    assert low.tolist() == pytest.approx([-3000.0, 0.0], abs=1e-12)
 
 
 def test_symbols_without_mass_never_win() -> None:

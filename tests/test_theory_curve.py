@@ -34,7 +34,7 @@ def test_worked_by_hand() -> None:
     assert exact([5, 1, 4, 2, 3], 2) == Fraction(27, 10)
 
 
-@pytest.mark.parametrize("total", [1, 2, 31, 32, 33, 63, 64, 130, 700])
+@pytest.mark.parametrize("total", [1, 2, 33, 63, 64, 83, 84, 85, 100, 129, 199, 700])
 def test_equals_integer_weights(total: int) -> None:
     """At every n, whether taken directly or between nodes."""
     gold = torch.randint(-1000, 1000, (total,))
@@ -93,8 +93,11 @@ def test_prompts_are_independent() -> None:
     for row in range(3):
         alone = best_of_n_curve(gold[row], proxy[row])
         assert float((got[row] - alone).abs().max()) < 1e-14
-    same = torch.full((2, 40), 7.0)
-    assert torch.equal(best_of_n_curve(same, proxy[:2, :40]), same.double())
+    # The lowest of the first row and the highest of the second are no tie.
+    gold, proxy = torch.tensor([[0.0, 10.0], [4.0, 6.0]]), torch.tensor([[2.0, 1.0], [1.0, 0.0]])
+    assert best_of_n_curve(gold, proxy).tolist() == [[5.0, 0.0], [5.0, 4.0]]
+    same, proxy = torch.full((2, 40), 7.0), torch.rand(2, 40)
+    assert torch.equal(best_of_n_curve(same, proxy), same.double())
 
 
 def test_is_unbiased() -> None:

@@ -14,9 +14,9 @@ Exact weights are ratios of integers of thousands of digits. Here, with j = N - 
 
 is a product of floats, at most about (1 - n / N)^j: after 38 N / n samples from the top the rest is
 under 1e-16. And it is a polynomial in n, so smooth that over an octave of n, 20 Chebyshev nodes
-give its values to 1e-15, if N is large enough for the zeros at n > N - j to be far off. An octave
-costs 20 * 38 N / n products, all octaves together O(N); the sort costs more. Up to n = 63 the
-weights are taken one n after the other, w_(n+1)(i) = w_n(i) (n + 1) (i - n) / (n (N - n)).
+give its values to 1e-15. An octave costs 20 * 38 N / n products, all octaves together O(N); the
+sort costs more. Up to n = 63 the weights are taken one n after the other, w_(n+1)(i) = w_n(i)
+(n + 1) (i - n) / (n (N - n)).
 
 Source: the estimator is that of arXiv 2112.09332 (WebGPT). Tests: tests/test_theory_curve.py.
 Benchmark: benchmarks/bench_theory.py.
@@ -32,7 +32,6 @@ from torch import Tensor
 from fastalign.theory.checks import samples
 
 FIRST_OCTAVE = 64
-LEAST_FOR_NODES = 1024
 NODES = 20
 DECAY = 38.0  # e^-38 is 3e-17
 
@@ -119,7 +118,7 @@ def _octave(best_first: Tensor, low: int, high: int, total: int) -> Tensor:
     """curve[low..high] from the samples that matter for it, best first."""
     n = _range(low, high, best_first)
     depth = best_first.shape[-1]
-    if len(n) <= NODES or total < LEAST_FOR_NODES:
+    if len(n) <= NODES:
         return best_first @ _weights(n, total, depth).T
     k = _range(0, NODES - 1, best_first)
     angle = math.pi * (k + 0.5) / NODES
