@@ -125,3 +125,23 @@ def test_gradcheck() -> None:
         return linear_loss(h, w, targets, loss, {"values": v}, softcap=4.0, workspace=2 * 72).loss
 
     assert torch.autograd.gradcheck(f, (hidden.requires_grad_(), weight.requires_grad_(), values))
+
+
+def test_a_float16_number_has_its_gradient_summed_wide() -> None:
+    """Before it is divided by the number of rows the sum is 190,000, infinite in float16."""
+    dtype = torch.float16
+    n, vocab, slab = 2048, 7, 64
+    hidden, weight = torch.randn(n, 4).to(dtype), torch.randn(vocab, 4).to(dtype)
+    targets = torch.arange(n) % vocab
+    scale = torch.ones((), dtype=dtype, requires_grad=True)
+
+    def scaled(logp: Tensor, entropy: Tensor, scale: Tensor) -> Tensor:
+        return -30.0 * scale * logp
+
+    given = {"scale": scale}
+    out = linear_loss(
+        hidden, weight, targets, scaled, given, workspace=slab * vocab * dtype.itemsize
+    )
+    (got,) = gradients(out.loss, scale)
+    want = -30.0 * out.logp.double().mean()
+    assert got.dtype == dtype and got.item() == pytest.approx(want.item(), rel=2**-8)

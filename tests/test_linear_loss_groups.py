@@ -5,6 +5,8 @@ The groups are of 6, 0, 15, 4 and 12 tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from heads import (
@@ -92,3 +94,25 @@ def test_two_stages_take_four_products() -> None:
         ).loss.backward()
 
     assert products(step) == 4 * slabs
+
+
+def test_an_input_of_g_and_n_numbers_is_refused_where_rows_and_groups_part() -> None:
+    """One row each, and one left of four: cut like the rows, one factor would go for all groups."""
+    hidden, weight, targets, _ = make()
+    hidden, targets, factors = hidden.detach()[:4], torch.arange(4), torch.arange(1.0, 5.0)
+
+    def scaled(logp: Tensor, entropy: Tensor, factor: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return factor * (1 + segment_sum(logp, cu_seqlens))
+
+    def run(targets: Tensor, **options: Any) -> tuple[float, Tensor]:
+        inputs = {"factor": factors}
+        out = linear_loss(hidden, weight, targets, scaled, inputs, groups=range(5), **options)
+        return out.loss.item(), out.logp
+
+    loss, logp = run(targets)
+    assert loss == pytest.approx((factors * (1 + logp)).mean().item(), rel=1e-5)
+    targets[1:] = -100
+    with pytest.raises(ValueError, match="linear_loss: .*G = N = 4, got 3.*'factor'"):
+        run(targets)
+    loss, logp = run(targets, reduction="sequence_mean")  # leaves the empty groups out
+    assert loss == pytest.approx(1 + logp[0].item(), rel=1e-5)

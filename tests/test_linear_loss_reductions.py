@@ -392,3 +392,31 @@ def test_exact_kl_asks_for_the_kl() -> None:
     with pytest.raises(ValueError, match="PPO: unknown inputs: kl; it takes"):
         given = dict.fromkeys(("old_logp", "advantages", "ref_logp", "kl"), x)
         policy_loss(PPO(kl_coef=0.1), x, given)
+
+
+def test_a_module_takes_what_its_forward_takes() -> None:
+    """torch.nn.Module.__call__ takes anything. A built-in function does not say what it takes."""
+
+    class Weighted(torch.nn.Module):
+        def forward(self, logp: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
+            return -advantages * logp
+
+    class Penalised(torch.nn.Module):
+        def forward(self, logp: Tensor, entropy: Tensor, kl: Tensor) -> Tensor:
+            return kl - logp
+
+    hidden, weight, targets = torch.randn(6, 3), torch.randn(5, 3), torch.arange(6) % 5
+    given = {"advantages": torch.randn(6)}
+    sequences: Any = dict(groups=[0, 2, 6], reduction="sequence_mean")
+    shares = torch.tensor([0.25, 0.25, 0.125, 0.125, 0.125, 0.125])
+    out = linear_loss(hidden, weight, targets, Weighted(), given, **sequences)
+    want = -(shares * given["advantages"] * out.logp).sum().item()
+    assert out.loss.item() == pytest.approx(want, rel=1e-5)
+    out = linear_loss(
+        hidden, weight, targets, Penalised(), ref_hidden=hidden + 1, ref_weight=weight
+    )
+    assert out.kl is not None
+    assert out.loss.item() == pytest.approx((out.kl - out.logp).mean().item(), rel=1e-5)
+    out = linear_loss(hidden, weight, targets, torch.add, **sequences)
+    want = (shares * (out.logp + out.entropy)).sum().item()
+    assert out.loss.item() == pytest.approx(want, rel=1e-5)

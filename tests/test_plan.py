@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +144,19 @@ def test_a_fixed_slab_does_not_follow_the_number_of_tokens() -> None:
     assert fixed(3 * CPU_SLAB, "cpu") == ("keep logits", CPU_SLAB, 3 * CPU_SLAB, 4096)
     assert fixed(3 * CPU_SLAB + 1, "cpu") == ("recompute", CPU_SLAB, 0, CPU_SLAB)
     assert fixed(7, "cuda") == fixed(5000, "cuda") == ("recompute", 4096, 0, 4096)
+
+
+def test_a_fixed_slab_does_not_follow_the_longest_group() -> None:
+    def fixed(longest: int, device: str) -> tuple[str, int]:
+        options: Any = dict(dtype=torch.float32, device=device, workspace=5000 * 4000)
+        found = plan(7000, 16, 1000, longest_group=longest, batch_invariant=True, **options)
+        return found.mode, found.slab
+
+    most = 5000 - 5000 % 128
+    assert fixed(20, "cpu") == fixed(CPU_SLAB, "cpu") == ("single pass", CPU_SLAB)
+    assert fixed(CPU_SLAB + 1, "cpu") == fixed(6000, "cpu") == ("two stages", CPU_SLAB)
+    assert fixed(20, "cuda") == fixed(most, "cuda") == ("single pass", most)
+    assert fixed(most + 1, "cuda") == fixed(6000, "cuda") == ("two stages", most)
 
 
 def test_a_reference_model_is_counted_in_its_own_dtype_and_width() -> None:

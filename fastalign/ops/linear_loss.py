@@ -107,7 +107,7 @@ class _LinearLoss(torch.autograd.Function):
         walk = Walk(call, hidden, weight, bias)
         walk.run()
         ctx.into_buffer, ctx.share = call.weight_grad is not None, walk.loss.share
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, *learned)]
         ctx.save_for_backward(*walk.grads.result(), *walk.loss.learned.values())
         found = [walk.scattered("logp"), walk.scattered("entropy")]
         if call.reference is not None:
@@ -122,12 +122,10 @@ class _LinearLoss(torch.autograd.Function):
             _check_upstream(ctx, grad_loss)
         factor = grad_loss * ctx.share
         # Where looking at the factor is free, multiplying dW by one is not.
-        if at_hand(factor) and factor == 1.0 and ctx.dtypes[0] != torch.float16:
-            return None, *ctx.saved_tensors
-        dtypes = [*ctx.dtypes, *(None if g is None else g.dtype for g in ctx.saved_tensors[3:])]
+        done = at_hand(factor) and factor == 1.0 and ctx.dtypes[0] != torch.float16
         return None, *(
-            None if g is None else _times(g, factor, dtype)
-            for g, dtype in zip(ctx.saved_tensors, dtypes, strict=True)
+            None if g is None else g.to(dtype) if done else _times(g, factor, dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
 
 
@@ -205,8 +203,10 @@ def linear_loss(
         inputs: tensors with leading dimension N (cut like the rows), for a loss per group also of
             leading dimension G (cut like the groups), 0-d tensors and plain values. Where G = N
             every group must be one row, and they are cut like the rows: anything else is refused,
-            as nothing tells which is meant. The loss gets copies of the tensors and may change them
-            in place. All are on the device of ``hidden``, but for 0-d constants.
+            as nothing tells which is meant (so is an ignored row there, but for a reduction that
+            leaves empty groups out). The loss gets copies of the tensors and may change them in
+            place; 0-d ones that require grad come in float32 where they are narrower. All are on
+            the device of ``hidden``, but for 0-d constants.
         bias: [V], same dtype.
         temperature: positive float, or a tensor [N] with one temperature per token.
         softcap: c of c * tanh(z / c), applied before the temperature; None for none.
@@ -232,7 +232,8 @@ def linear_loss(
         weight_grad: float32 (float64 for float64) [V, H] contiguous buffer to which the weight's
             gradient is added during this call, instead of being returned by ``backward``: no
             accumulator, no copy, over micro-batches no rounding. Usually ``weight.grad``. Each call
-            adds once, whether or not ``backward`` follows: the loss must be the end of the graph,
+            adds once, whether or not ``backward`` follows (one in which the loss raises an error:
+            a part): the loss must be the end of the graph,
             run backward once, and not lie in an activation checkpoint, which would call it again.
             Hooks on the weight do not see it.
         workspace: bytes of logits that may be held at once; see ``plan``.

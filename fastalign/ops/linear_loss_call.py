@@ -20,6 +20,7 @@ from torch import Tensor
 from fastalign.losses.ratio import exact_kl_coef
 from fastalign.ops.policy_loss_terms import fused, policy_loss_terms
 from fastalign.ops.slab import Groups, Rows
+from fastalign.ops.token_logprobs import accumulation_dtype
 
 Loss = Callable[..., Tensor]
 Range = tuple[int, int]
@@ -29,13 +30,32 @@ FROM_REFERENCE = ("ref_logp", "kl")
 
 def accepted(loss: Loss, name: str) -> bool:
     """Whether ``loss`` takes an input of this name: by its ``required`` and ``optional`` where it
-    has them, as the objects of fastalign.losses do, else by its signature."""
+    has them, as the objects of fastalign.losses do, else by its signature (a module's: that of its
+    ``forward``); no, where it has none."""
     if hasattr(loss, "required"):
         return name in (*loss.required, *getattr(loss, "optional", ()))
-    parameters = inspect.signature(loss).parameters
+    try:
+        form = loss.forward if isinstance(loss, torch.nn.Module) else loss
+        parameters = inspect.signature(form).parameters
+    except ValueError:  # built-in functions and scripted ones
+        return False
     return name in parameters or any(
         p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
     )
+
+
+def check_readings(inputs: dict[str, Any], given: int, groups: Groups, rows: Rows) -> None:
+    """ValueError where an input of as many numbers as rows and groups were ``given`` would have to
+    be cut like both, and other rows than groups are left."""
+    if given == rows.total and groups.count != rows.count:
+        for name, x in inputs.items():
+            if isinstance(x, Tensor) and x.dim() > 0:
+                raise ValueError(
+                    f"linear_loss: expected no ignored row where groups of one row each are as "
+                    f"many as rows, G = N = {given}, got {rows.total - rows.count}: nothing tells "
+                    f"whether input {name!r} is one per row or one per group; leave the empty "
+                    "groups out"
+                )
 
 
 def sequences_per_value(loss: Loss) -> int:
@@ -86,14 +106,21 @@ class LossCall:
         narrow: bool,
         like: Tensor,
     ) -> None:
-        self.loss, self.inputs, self.names = loss, inputs, learned
+        # The gradient of a number is a sum over all rows, in as many parts as there are slabs: a
+        # narrow one would wear with every addition, or be infinite before it is divided.
+        sums = {
+            name: inputs[name].detach().to(accumulation_dtype(inputs[name].dtype))
+            for name in learned
+            if inputs[name].dim() == 0
+        }
+        self.loss, self.inputs, self.names = loss, inputs | sums, learned
         self.rows, self.groups, self.want_grad = rows, groups, want_grad
         self.shares, self.normalizer = shares, normalizer
         # float16 cannot hold dlogits of a mean over thousands of tokens: there it is divided last.
         self.unscaled = narrow
         self.divisor = 1.0 if narrow else self.normalizer
         self.total = torch.zeros((), dtype=like.dtype, device=like.device)
-        self.learned = {name: torch.zeros_like(inputs[name]) for name in learned}
+        self.learned = {name: torch.zeros_like(self.inputs[name]) for name in learned}
         self.statistics: dict[str, tuple[Tensor, int | Tensor]] = {}
         self.fused = fused(loss) and groups is None
         # What the loss does not take is there for the metrics.

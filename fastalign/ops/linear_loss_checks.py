@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastalign.losses.inputs import wide
 from fastalign.losses.ratio import exact_kl_coef
 from fastalign.ops.linear_loss_call import FROM_REFERENCE, Loss, accepted, sequences_per_value
 from fastalign.ops.linear_loss_walk import Reference
@@ -70,7 +71,8 @@ def checked_normalizer(normalizer: float | Tensor | None) -> float | Tensor | No
             )
         if at_hand(normalizer) and not normalizer > 0:
             raise ValueError(f"{OP}: expected normalizer > 0, got {normalizer.item()}")
-        return normalizer.detach()
+        # One over a narrow number would be rounded.
+        return wide(normalizer.detach()) if normalizer.is_floating_point() else normalizer
     if normalizer is not None and not normalizer > 0:
         raise ValueError(f"{OP}: expected normalizer > 0, got {normalizer}")
     return normalizer

@@ -21,6 +21,7 @@ from fastalign.ops.linear_loss_call import (
     LossCall,
     Range,
     accepted,
+    check_readings,
     means,
     reduced,
     sequences_per_value,
@@ -81,15 +82,18 @@ class Walk:
     def __init__(self, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.call, self.hidden, self.weight, self.bias = call, hidden, weight, bias
         self.rows = Rows(call.targets, call.ignore_index)
-        groups = None
+        groups, given = None, 0
         if call.groups is not None:
             per = sequences_per_value(call.loss)
             groups = Groups(call.groups, self.rows, hidden.device, per)
+            given = groups.count
             if call.reduction == "sequence_mean":
                 groups.drop_empty()
         # Slabs hold whole groups where the loss is one number for each.
         per_group = groups is not None and accepted(call.loss, "cu_seqlens")
         self.groups = groups if per_group else None
+        if self.groups is not None:
+            check_readings(call.inputs, given, self.groups, self.rows)
         self.names = STATS if call.reference is None else KL_STATS
         wide = accumulation_dtype(hidden.dtype)
         self.stats = torch.empty(len(self.names), self.rows.count, dtype=wide, device=hidden.device)

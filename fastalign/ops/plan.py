@@ -104,7 +104,7 @@ def plan(
         reference_width: H of the reference model, where there is one.
         reference_dtype: of the reference model, where it is another one.
         own_accumulator: False when the weight's gradient is added to a buffer of the caller.
-        batch_invariant: the slab does not shrink to the number of tokens.
+        batch_invariant: the slab follows neither the number of tokens nor the longest group.
         workspace: bytes of logits that may be held at once; default as above.
 
     Raises:
@@ -155,13 +155,13 @@ def plan(
         else:
             mode, again, kept = "recompute", True, 0
             why += "; all logits and a slab of their gradient do not fit"
-    elif longest_group is not None and longest_group > fits:
+    elif longest_group is not None and longest_group > (slab if batch_invariant else fits):
         mode, again = "two stages", True
         why += f", the longest group has {longest_group}"
     else:
         mode = "single pass"
         if longest_group is not None and longest_group > slab:
-            slab = fits if batch_invariant else longest_group
+            slab = longest_group
             why = f"the longest group has {longest_group} tokens"
     if again:
         gemms, flops = 2 * gemms, 2 * flops
