@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES = ("N", "H", "V", "rows", "steps", "K", "B")
-ABSOLUTE = ("ms", "q1 ms", "q3 ms", "TFLOP/s", "GFLOP/s", "GB/s")
+ABSOLUTE = ("ms", "us", "q1 ms", "q3 ms", "TFLOP/s", "GFLOP/s", "GB/s")
 LEFT_OUT = ("rounds", "minimal MB", "of", "GB")
 
 
@@ -22,7 +22,8 @@ def by_shape(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows by their sizes, as "N = 512, H = 768"."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        sizes = [f"{name} = {row[name]:,}" for name in SIZES if name in row]
+        known = [(name, row[name]) for name in SIZES if name in row]
+        sizes = [f"{name} = {x:,}" if isinstance(x, int) else f"{name}: {x}" for name, x in known]
         found.setdefault(", ".join(sizes), []).append(row)
     return found
 

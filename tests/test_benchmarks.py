@@ -292,6 +292,11 @@ def test_table_has_no_absolute_times_of_a_cpu() -> None:
     assert "| 123 |" in markdown(data_of("cuda"), "name")
 
 
+def test_a_size_may_be_a_word() -> None:
+    row = {"B": 1024, "rows": "gathered", "what": "mine", "of": "fastalign", "ms": 1.0}
+    assert "**rows: gathered, B = 1,024**" in markdown(data_of("cpu") | {"rows": [row]}, "heads")
+
+
 def test_plot_names_every_candidate(tmp_path: Path) -> None:
     plot(data_of("cpu"), tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
