@@ -14,6 +14,7 @@ The objects choose coefficients of one formula, fastalign/losses/preference_term
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ from fastalign.losses.preference_terms import (
 )
 
 
-class PreferenceLoss:
+class PreferenceLoss(ABC):
     """What the loss objects of this file have in common: they differ in their ``form``."""
 
     required: tuple[str, ...] = ("ref_logp", "cu_seqlens")
@@ -42,8 +43,9 @@ class PreferenceLoss:
     """The input of one bool per value."""
 
     @property
+    @abstractmethod
     def form(self) -> PreferenceForm:
-        raise NotImplementedError
+        """The coefficients of the formula."""
 
     def __call__(
         self, logp: Tensor, entropy: Tensor | None = None, **inputs: Tensor | None
