@@ -53,6 +53,7 @@ from fastalign.train.run import (
     begin,
     peak_memory_gib,
 )
+from fastalign.train.setup import load_policy
 
 log = logging.getLogger("fastalign")
 
@@ -276,8 +277,8 @@ def train(config: APAConfig) -> Path:
         check_same_tokenizer(
             tokenizer, load_tokenizer(str(config.judge)), config.policy, str(config.judge)
         )
-    policy = Policy.load(config.policy, tokenizer, value_head=True).to(device)
-    reference = policy.frozen_copy().to(device)
+    policy = load_policy(config, config.policy, tokenizer, device=device, value_head=True)
+    reference = policy.frozen_copy()
     context = min(policy.max_length, ensemble.max_length)
     context = min(context, judge.max_length) if judge is not None else context
     room = context - config.sampling.max_new_tokens

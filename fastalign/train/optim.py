@@ -30,6 +30,9 @@ class OptimConfig(RunConfig):
     """AdamW's second beta; the first is 0.9."""
     grad_clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer and run the layer again for the gradients: less memory, a
+    third more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,6 +37,7 @@ from fastalign.train.run import (
     check_context,
     peak_memory_gib,
 )
+from fastalign.train.setup import prepare_trunk
 
 log = logging.getLogger("fastalign")
 
@@ -211,6 +212,7 @@ def train(config: RewardConfig) -> Path:
     ).to(device)
     check_context(config.max_length, ensemble.max_length, config.model)
     ensemble.encoder.requires_grad_(not config.freeze_encoder)
+    prepare_trunk(config, ensemble.encoder)
     ensemble.train()
 
     lengths = [pair_length(p) for p in pairs]

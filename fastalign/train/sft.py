@@ -30,6 +30,7 @@ from fastalign.train.run import (
     check_context,
     peak_memory_gib,
 )
+from fastalign.train.setup import load_policy
 
 log = logging.getLogger("fastalign")
 
@@ -141,7 +142,9 @@ def train(config: SFTConfig) -> Path:
     """Runs supervised fine-tuning; the folder of the model."""
     device = begin(config)
     tokenizer, examples, held_out = load_data(config)
-    policy = Policy.load(config.model, tokenizer, max_length=config.max_length).to(device)
+    policy = load_policy(
+        config, config.model, tokenizer, max_length=config.max_length, device=device
+    )
     check_context(config.max_length, policy.max_length, config.model)
     policy.train()
 
