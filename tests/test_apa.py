@@ -47,7 +47,7 @@ def one_token_answers(policy):
         logp = policy.logprobs(apa.experience.packed(rollouts))[0]
     scores = torch.zeros(4, 1)
     cu_seqlens = torch.arange(5).int()
-    found = Experience(rollouts, cu_seqlens, logp, logp, scores, scores[:, 0], None, 12, {})
+    found = Experience(rollouts, cu_seqlens, logp, logp, scores, scores[:, 0], None, 12)
     return found, logp
 
 
@@ -86,7 +86,7 @@ def test_the_reward_stands_on_the_last_token():
     scores = torch.tensor([[2.0], [-1.0]])
     cu_seqlens = torch.tensor([0, 3, 4]).int()
     logp, ref_logp = torch.zeros(4), torch.tensor([-1.0, -2.0, -3.0, -4.0])
-    found = Experience(rollouts, cu_seqlens, logp, ref_logp, scores, scores[:, 0], None, 7, {})
+    found = Experience(rollouts, cu_seqlens, logp, ref_logp, scores, scores[:, 0], None, 7)
     # pi sampled at log-prob 0, pi_init gives -6 and -4: KL(pi || pi_init) is +5 a response.
     assert found.metrics()["kl/k1"] == 5.0
     config = apa.APAConfig(gamma=1.0, lam=1.0, whiten=False)
@@ -165,7 +165,7 @@ def experience_of(rollouts, ref_logp):
     ends = torch.tensor([0] + [len(r.completion) for r in rollouts]).cumsum(0).int()
     scores = torch.zeros(len(rollouts), 1)
     tokens = sum(len(r.prompt) + len(r.completion) for r in rollouts)
-    return Experience(rollouts, ends, ref_logp, ref_logp, scores, scores[:, 0], None, tokens, {})
+    return Experience(rollouts, ends, ref_logp, ref_logp, scores, scores[:, 0], None, tokens)
 
 
 def collector_of(policy, temperature):

@@ -27,6 +27,7 @@ from fastalign import losses, ops
 from fastalign.data import source
 from fastalign.data.packing import Packed, token_budget_batches
 from fastalign.models import Policy, RewardEnsemble, load_tokenizer
+from fastalign.models.flops import forward_flops, training_flops
 from fastalign.models.reward import EnsembleConfig, check_same_tokenizer
 from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.rollout import SamplingConfig, TransformersEngine
@@ -51,7 +52,6 @@ from fastalign.train.run import (
     at_least,
     autocast,
     begin,
-    peak_memory_gib,
 )
 from fastalign.train.setup import load_policy
 
@@ -322,40 +322,38 @@ def train(config: APAConfig) -> Path:
             )
         )
         if start == 0:
-            evaluations.before = judged()
+            with run.meter.phase("evaluate"):
+                evaluations.before = judged()
             run.log(0, "eval", evaluations.before.numbers)
             torch.manual_seed(stream(config.seed, "sampling").initial_seed())
         for step in range(start + 1, config.steps + 1):
-            began = time.perf_counter()
             chosen = choose_prompts(len(prompts), config, step)
             found = collector.collect(
                 [prompts[i].prompt for i in chosen],
                 [prompts[i].text for i in chosen],
                 config.samples_per_prompt,
+                run.meter,
             )
             moments.update(found.proxy)
             scaled = found.proxy
             if config.scale_reward:
                 scaled = moments.normalize(scaled, shift_mean=False)
-            tokens, metrics = learn_from(found, policy, scaled, config)
-            updating = time.perf_counter()
-            metrics |= update(run, step, policy, optimizer, found, tokens, config)
-            optimizer.next_step()
-            ended = time.perf_counter()
-            metrics |= found.metrics() | found.seconds
-            metrics |= {
-                "time/update": ended - updating,
-                "tokens": found.tokens,
-                # Of prompts and responses, each counted once, as other methods count theirs ...
-                "tokens_per_s": found.tokens / (ended - began),
-                # ... and as often as a model reads them: generated, scored, looked up in pi_init,
-                # valued, and trained on `epochs` times.
-                "tokens_per_s/all_passes": found.tokens * (4 + config.epochs) / (ended - began),
-                "memory_gib": peak_memory_gib(device),
-            }
+            lengths = [len(r.prompt) + len(r.completion) for r in found.rollouts]
+            with run.meter.phase("value"):
+                tokens, metrics = learn_from(found, policy, scaled, config)
+                run.meter.count(flops=forward_flops(policy, lengths, 0))
+            with run.meter.phase("update"):
+                metrics |= update(run, step, policy, optimizer, found, tokens, config)
+                optimizer.next_step()
+                run.meter.count(
+                    trained=found.n_tokens,
+                    flops=config.epochs * training_flops(policy, lengths, found.n_tokens),
+                )
+            metrics |= found.metrics() | run.meter.metrics()
             run.log(step, "train", metrics)
             if step == config.steps:
-                evaluations.after = judged()
+                with run.meter.phase("evaluate"):
+                    evaluations.after = judged()
                 run.log(step, "eval", evaluations.after.numbers)
             run.end_step(step)
         policy.save(run.folder / "model", tokenizer)

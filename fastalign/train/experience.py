@@ -6,8 +6,8 @@ a token is the position before it, so row t of `values` is V(prompt + tokens bef
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from fastalign import ops
 from fastalign.data.packing import Packed, pack, token_budget_batches
 from fastalign.models import Policy, RewardEnsemble
+from fastalign.models.flops import forward_flops
 from fastalign.rollout import Engine, Rollout, SamplingConfig
+from fastalign.train.meter import Meter
 from fastalign.train.run import autocast
 
 Gold = Callable[[str, str], float]
@@ -35,7 +37,11 @@ class Experience:
     proxy: Tensor  # fp32 [S], the ensemble's statistic
     gold: Tensor | None  # fp64 [S]
     tokens: int  # of prompts and responses together
-    seconds: dict[str, float]  # by phase
+
+    @property
+    def n_tokens(self) -> int:
+        """N, of the responses."""
+        return int(self.cu_seqlens[-1])
 
     def rows(self, i: int) -> slice:
         """The rows of response i."""
@@ -112,25 +118,44 @@ class Collector:
         return self.tokenizer.decode(completion, skip_special_tokens=True)
 
     @torch.no_grad()
-    def collect(self, prompts: list[list[int]], texts: list[str], n_samples: int) -> Experience:
-        """`n_samples` responses to each prompt; `texts` are the prompts for the gold reward."""
-        began = time.perf_counter()
+    def collect(
+        self,
+        prompts: list[list[int]],
+        texts: list[str],
+        n_samples: int,
+        meter: Meter | None = None,
+    ) -> Experience:
+        """`n_samples` responses to each prompt; `texts` are the prompts for the gold reward.
+
+        With a `meter`, the phases generate, score and reference are charged to it.
+        """
+
+        def phase(name: str) -> AbstractContextManager[None]:
+            return nullcontext() if meter is None else meter.phase(name)
+
         # In the precision of the log-probs they will be compared with.
-        with autocast(self.reference.head_weight.device, self.dtype):
+        with phase("generate"), autocast(self.reference.head_weight.device, self.dtype):
             rollouts = self.engine.generate(prompts, n_samples, self.sampling)
-        generated = time.perf_counter()
-        scores = self.scores(rollouts, self.ensemble)
-        gold = None
-        if self.gold is not None:
-            gold = torch.tensor(
-                [self.gold(texts[r.prompt_index], self.text(r.completion)) for r in rollouts],
-                dtype=torch.float64,
-            )
-        scored = time.perf_counter()
-        ref_logp, _ = self.logprobs(self.reference, rollouts)
-        referred = time.perf_counter()
+            lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
+            n_tokens = sum(len(r.completion) for r in rollouts)
+            if meter is not None:
+                # The reference has the policy's shape; a token is read once, keys and values kept.
+                meter.count(sum(lengths), flops=forward_flops(self.reference, lengths, n_tokens))
+        with phase("score"):
+            scores = self.scores(rollouts, self.ensemble)
+            gold = None
+            if self.gold is not None:
+                gold = torch.tensor(
+                    [self.gold(texts[r.prompt_index], self.text(r.completion)) for r in rollouts],
+                    dtype=torch.float64,
+                )
+            if meter is not None:
+                meter.count(flops=forward_flops(self.ensemble, lengths, len(rollouts)))
+        with phase("reference"):
+            ref_logp, _ = self.logprobs(self.reference, rollouts)
+            if meter is not None:
+                meter.count(flops=forward_flops(self.reference, lengths, n_tokens))
         ends = torch.tensor([len(r.completion) for r in rollouts]).cumsum(0)
-        length = sum(len(r.prompt) + len(r.completion) for r in rollouts)
         return Experience(
             rollouts,
             torch.cat([ends.new_zeros(1), ends]).int(),
@@ -139,12 +164,7 @@ class Collector:
             scores,
             self.ensemble.reduce(scores),
             gold,
-            length,
-            {
-                "time/generate": generated - began,
-                "time/score": scored - generated,
-                "time/reference": referred - scored,
-            },
+            sum(lengths),
         )
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from fastalign.data import source
 from fastalign.data.packing import Packed, epochs_of_batches, pack, token_budget_batches
 from fastalign.data.tokens import TokenizedPreference, tokenize_preferences
 from fastalign.models import RewardEnsemble, load_tokenizer
+from fastalign.models.flops import training_flops
 from fastalign.models.reward import EnsembleConfig
 from fastalign.streams import stream
 from fastalign.train.optim import OptimConfig, Optimizer
@@ -35,7 +35,6 @@ from fastalign.train.run import (
     autocast,
     begin,
     check_context,
-    peak_memory_gib,
 )
 from fastalign.train.setup import prepare_trunk
 
@@ -225,31 +224,42 @@ def train(config: RewardConfig) -> Path:
     with Run(config, "reward", len(schedule)) as run:
         start = run.restore(Stateful({"ensemble": ensemble}, {"optimizer": optimizer}))
         for step in range(start + 1, len(schedule) + 1):
-            began = time.perf_counter()
             batch = schedule[step - 1]
             totals = weights[batch].sum(0)
             total, right = torch.zeros(2, device=device).unbind()
-            for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
-                rows = [batch[i] for i in micro]
-                with autocast(device, config.dtype):
-                    scores = ensemble(packed([pairs[i] for i in rows]).to(device))
-                chosen, rejected = scores.chunk(2)
-                loss = pair_loss(chosen, rejected, *(t.to(device) for t in (weights[rows], totals)))
-                loss.backward()
-                total += loss.detach()
-                wins = ensemble.reduce(chosen.detach()) > ensemble.reduce(rejected.detach())
-                right += wins.sum()
-            metrics = {"loss": float(total), "accuracy": float(right) / len(batch)}
-            metrics |= optimizer.update(run, step, total, {"scores": scores})
-            optimizer.next_step()
-            tokens = sum(lengths[i] for i in batch)
-            metrics |= {"tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - began)}
-            metrics["memory_gib"] = peak_memory_gib(device)
+            with run.meter.phase("update"):
+                for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
+                    rows = [batch[i] for i in micro]
+                    with autocast(device, config.dtype):
+                        scores = ensemble(packed([pairs[i] for i in rows]).to(device))
+                    chosen, rejected = scores.chunk(2)
+                    kept = (t.to(device) for t in (weights[rows], totals))
+                    loss = pair_loss(chosen, rejected, *kept)
+                    loss.backward()
+                    total += loss.detach()
+                    wins = ensemble.reduce(chosen.detach()) > ensemble.reduce(rejected.detach())
+                    right += wins.sum()
+                metrics = {"loss": float(total), "accuracy": float(right) / len(batch)}
+                metrics |= optimizer.update(run, step, total, {"scores": scores})
+                optimizer.next_step()
+                responses = [len(r) for i in batch for r in (pairs[i].chosen, pairs[i].rejected)]
+                prompts = [len(pairs[i].prompt) for i in batch for _ in range(2)]
+                run.meter.count(
+                    sum(lengths[i] for i in batch),
+                    trained=sum(responses),
+                    flops=training_flops(
+                        ensemble,
+                        [p + r for p, r in zip(prompts, responses, strict=True)],
+                        len(responses),
+                    ),
+                )
+            metrics |= run.meter.metrics()
             run.log(step, "train", metrics)
-            if step == len(schedule):
-                ensemble.standardise(torch.cat(score_pairs(ensemble, pairs[:500], config)))
-            if held_out and (step % config.eval_every == 0 or step == len(schedule)):
-                run.log(step, "eval", evaluate(ensemble, held_out, config))
+            with run.meter.phase("evaluate"):
+                if step == len(schedule):
+                    ensemble.standardise(torch.cat(score_pairs(ensemble, pairs[:500], config)))
+                if held_out and (step % config.eval_every == 0 or step == len(schedule)):
+                    run.log(step, "eval", evaluate(ensemble, held_out, config))
             run.end_step(step)
         model_folder = run.folder / "model"
         ensemble.save(model_folder, tokenizer)

@@ -4,6 +4,7 @@ run folder/
   config.yaml      the resolved configuration
   metrics.jsonl    one JSON object a line
   checkpoints/     step-000100/ ...
+  accounting.json  what it cost by phase, written when it ends or is stopped
   model/           what came out, written at the end
 """
 
@@ -16,7 +17,6 @@ import math
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fastalign.errors import UserError
 from fastalign.train import checkpoint, strict_json
+from fastalign.train.meter import Meter
 
 log = logging.getLogger("fastalign")
 
@@ -132,6 +133,8 @@ class Run:
         self.config, self.command, self.total = config, command, total
         self.folder = Path(config.output)
         self.started = time.monotonic()
+        device = choose_device(config.device)
+        self.meter = Meter(device, forward_dtype(device, config.dtype))
         self.step = 0
         self._interrupts = 0
         self._not_finite: set[str] = set()
@@ -154,8 +157,10 @@ class Run:
             raise RunError(
                 f"the checkpoint is of step {saved.step}, this run has only {self.total} steps"
             )
+        self.meter.load_state_dict(saved.state["meter"])
         self.step = saved.step
         self._drop_metrics_after(saved.step)
+        self.meter.skip()
         log.info("resumed at step %d of %d", saved.step, self.total)
         return saved.step
 
@@ -198,11 +203,12 @@ class Run:
         self.step = step
         stop = self._interrupts > 0
         if stop or step % self.config.checkpoint_every == 0 or step == self.total:
-            path = checkpoint.save(
-                self.folder / "checkpoints",
-                self.stateful.capture(step),
-                self.config.keep_checkpoints,
-            )
+            with self.meter.phase("checkpoint"):
+                saved = self.stateful.capture(step)
+                saved.state["meter"] = self.meter.state_dict()
+                path = checkpoint.save(
+                    self.folder / "checkpoints", saved, self.config.keep_checkpoints
+                )
             if stop:
                 raise Interrupted(
                     f"stopped at step {step}; go on with --resume (checkpoint {path})"
@@ -224,6 +230,7 @@ class Run:
 
         self._screen = Screen(self.command, self.total, self.started)
         self._screen.start()
+        self.meter.start()
         self._handler = signal.getsignal(signal.SIGINT)
         if _in_main_thread():
             signal.signal(signal.SIGINT, self._on_interrupt)
@@ -236,8 +243,14 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self._screen.stop()
+        self.meter.stop()
+        self._write_accounting()
         if _in_main_thread():
             signal.signal(signal.SIGINT, self._handler)
+
+    def _write_accounting(self) -> None:
+        found = {"method": self.command, "step": self.step, **self.meter.summary()}
+        (self.folder / "accounting.json").write_text(strict_json.dumps(found, indent=2) + "\n")
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1
@@ -348,8 +361,14 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise RunError(f"unknown dtype {dtype!r}: expected auto, float32 or bfloat16")
-    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    low = forward_dtype(device, dtype) == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+
+
+def forward_dtype(device: torch.device, dtype: str) -> torch.dtype:
+    """What `dtype` means on a device: auto is bfloat16 on CUDA, float32 elsewhere."""
+    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    return torch.bfloat16 if low else torch.float32
 
 
 def check_context(max_length: int, context: int, model: str) -> None:
@@ -358,16 +377,6 @@ def check_context(max_length: int, context: int, model: str) -> None:
         raise RunError(
             f"max_length {max_length} is more than the {context} tokens that {model} can read"
         )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far in GiB: of the allocator on CUDA, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def first_non_finite(named: Iterable[tuple[str, Tensor | None]]) -> str | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,9 @@ from fastalign.data.packing import Packed, epochs_of_batches, pack, token_budget
 from fastalign.data.tokenizer import train_tokenizer
 from fastalign.data.tokens import TokenizedCompletion, tokenize_completions
 from fastalign.models import Policy, load_tokenizer
+from fastalign.models.flops import training_flops
 from fastalign.train.optim import OptimConfig, Optimizer
-from fastalign.train.run import (
-    Run,
-    Stateful,
-    at_least,
-    autocast,
-    begin,
-    check_context,
-    peak_memory_gib,
-)
+from fastalign.train.run import Run, Stateful, at_least, autocast, begin, check_context
 from fastalign.train.setup import load_policy
 
 log = logging.getLogger("fastalign")
@@ -155,38 +147,44 @@ def train(config: SFTConfig) -> Path:
     with Run(config, "sft", len(schedule)) as run:
         start = run.restore(Stateful({"policy": policy}, {"optimizer": optimizer}))
         if start == 0 and held_out:
-            run.log(0, "eval", evaluate(policy, held_out, config))
+            with run.meter.phase("evaluate"):
+                run.log(0, "eval", evaluate(policy, held_out, config))
         for step in range(start + 1, len(schedule) + 1):
-            began = time.perf_counter()
             batch = schedule[step - 1]
             tokens = sum(lengths[i] for i in batch)
             n_targets = sum(len(examples[i].completion) for i in batch)
             total = torch.zeros((), device=device)
-            for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
-                pack_ = packed([examples[batch[i]] for i in micro]).to(device)
-                with autocast(device, config.dtype):
-                    hidden = policy.response_hidden(pack_)
-                    out = ops.linear_loss(
-                        hidden,
-                        policy.head_weight.to(hidden.dtype),
-                        pack_.response_targets,
-                        loss_fn,
-                        {},
-                        bias=policy.head_bias,
-                        softcap=policy.softcap,
-                        ignore_index=None,
-                        normalizer=n_targets,
-                    )
-                out.loss.backward()
-                total += out.loss.detach()
-            metrics = {"loss": float(total), "perplexity": math.exp(min(float(total), 50.0))}
-            metrics |= optimizer.update(run, step, total, {"hidden states": hidden})
-            optimizer.next_step()
-            metrics |= {"tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - began)}
-            metrics["memory_gib"] = peak_memory_gib(device)
+            with run.meter.phase("update"):
+                for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
+                    pack_ = packed([examples[batch[i]] for i in micro]).to(device)
+                    with autocast(device, config.dtype):
+                        hidden = policy.response_hidden(pack_)
+                        out = ops.linear_loss(
+                            hidden,
+                            policy.head_weight.to(hidden.dtype),
+                            pack_.response_targets,
+                            loss_fn,
+                            {},
+                            bias=policy.head_bias,
+                            softcap=policy.softcap,
+                            ignore_index=None,
+                            normalizer=n_targets,
+                        )
+                    out.loss.backward()
+                    total += out.loss.detach()
+                metrics = {"loss": float(total), "perplexity": math.exp(min(float(total), 50.0))}
+                metrics |= optimizer.update(run, step, total, {"hidden states": hidden})
+                optimizer.next_step()
+                run.meter.count(
+                    tokens,
+                    trained=n_targets,
+                    flops=training_flops(policy, [lengths[i] for i in batch], n_targets),
+                )
+            metrics |= run.meter.metrics()
             run.log(step, "train", metrics)
             if held_out and (step % config.eval_every == 0 or step == len(schedule)):
-                run.log(step, "eval", evaluate(policy, held_out, config))
+                with run.meter.phase("evaluate"):
+                    run.log(step, "eval", evaluate(policy, held_out, config))
             run.end_step(step)
         model_folder = run.folder / "model"
         policy.save(model_folder, tokenizer)
