@@ -1,0 +1,253 @@
+"""Several processes on one machine, one per GPU: `torchrun --nproc-per-node N -m fastalign ...`.
+
+Every process reads the same data and walks through the same steps. Of each batch it takes a share
+of the sequences, of about as many tokens as the others'; what a loss is divided by is counted over
+the whole batch, which every process knows, so that gradients only have to be summed. The weights
+are sharded with FSDP2: each block is gathered when its turn comes, and the embeddings and the head
+once a step, however many packs the step has.
+
+With one process nothing in here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastalign.data.packing import token_budget_batches
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among how many."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """Of the processes that talk to each other: one, before `start` and without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return World()
+
+
+def launched() -> World:
+    """What torchrun said in the environment, before the processes talk to each other."""
+    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def start(device: torch.device) -> torch.device:
+    """Lets the processes that torchrun started meet; this process's own device."""
+    if launched().size == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def finish() -> None:
+    """Parts again, at the end of a command."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if world().size > 1:
+        dist.barrier()
+
+
+def total(parts: Tensor) -> Tensor:
+    """The sum over the processes, in place, of numbers each counted on its own share."""
+    if world().size > 1:
+        dist.all_reduce(parts)
+    return parts
+
+
+def any_true(flag: bool, device: torch.device) -> bool:
+    """Whether it is so in any process."""
+    if world().size == 1:
+        return flag
+    return bool(total(torch.tensor(float(flag), device=device)))
+
+
+def gather(items: list[T]) -> list[list[T]]:
+    """Every process's list, by rank, in every process. The items are pickled."""
+    size = world().size
+    if size == 1:
+        return [items]
+    found: list[list[T]] = [[]] * size
+    dist.all_gather_object(found, items)
+    return found
+
+
+def from_main(value: T) -> T:
+    """The main process's value, in every process."""
+    if world().size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shares(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Who takes which sequences: the longest first, each to whoever has the fewest tokens so far.
+
+    Returns:
+        `size` lists of indices into `lengths`, each rising; the same in every process.
+    """
+    taken: list[list[int]] = [[] for _ in range(size)]
+    tokens = [0] * size
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(size), key=lambda r: (tokens[r], r))
+        taken[rank].append(i)
+        tokens[rank] += lengths[i]
+    return [sorted(rows) for rows in taken]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One forward and backward pass of this process."""
+
+    rows: list[int]
+    """Which sequences; never empty."""
+    weight: float
+    """What their loss and their counts are multiplied with: 1, or 0 for a pass that is made only
+    because another process has one more, and all must gather the weights as often."""
+
+
+def plan_micros(
+    batch: Sequence[int], lengths: Sequence[int], budget: int, size: int
+) -> list[list[Micro]]:
+    """The passes of every process over one batch, as many for each of them.
+
+    Args:
+        batch: the sequences of the step.
+        lengths: tokens of each sequence there is, not only of the batch's.
+        budget: most tokens of one pass.
+        size: number of processes.
+    """
+    plans = [
+        [
+            Micro([batch[own[i]] for i in micro], 1.0)
+            for micro in token_budget_batches([lengths[batch[j]] for j in own], budget)
+        ]
+        for own in shares([lengths[i] for i in batch], size)
+    ]
+    most = max(len(plan) for plan in plans)
+    idle = Micro([min(batch, key=lambda i: lengths[i])], 0.0)
+    return [plan + [idle] * (most - len(plan)) for plan in plans]
+
+
+def micros(
+    module: nn.Module, batch: Sequence[int], lengths: Sequence[int], budget: int
+) -> Iterator[Micro]:
+    """This process's passes over a batch, one after the other, each for a forward and a backward of
+    `module`; the gradients of embeddings and head are summed over the processes after the last.
+
+    Arguments are those of `plan_micros`. One process takes the sequences in the batch's order.
+    """
+    here = world()
+    if here.size == 1:
+        for rows in token_budget_batches([lengths[i] for i in batch], budget):
+            yield Micro([batch[i] for i in rows], 1.0)
+        return
+    own = plan_micros(batch, lengths, budget, here.size)[here.rank]
+    for k, micro in enumerate(own):
+        last = k == len(own) - 1
+        if is_sharded(module):
+            module.set_requires_gradient_sync(last, recurse=False)  # type: ignore[operator]
+            module.set_reshard_after_backward(last, recurse=False)  # type: ignore[operator]
+        yield micro
+
+
+def is_sharded(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def shard(module: nn.Module, *forwards: str) -> None:
+    """Spreads the weights of `module` over the processes, in place; with one process, leaves it.
+
+    Each transformer block is a unit of its own; the rest (embeddings, head, norms) is one more,
+    which stays gathered from the forward to the backward pass, so that the loss head can read the
+    weight in between.
+
+    Args:
+        module: holds a `transformers` model.
+        forwards: names of its methods that run a forward pass, where that is not `forward`.
+    """
+    if world().size == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    device = next(module.parameters()).device
+    mesh = init_device_mesh(device.type, (world().size,))
+    blocks: set[str] = set()
+    for part in module.modules():
+        blocks |= set(getattr(part, "_no_split_modules", None) or ())
+    for part in list(module.modules()):
+        if type(part).__name__ in blocks:
+            fully_shard(part, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            # Losses are parts of a sum over the processes, not means of each.
+            part.set_force_sum_reduction_for_comms(True)
+            part.set_gradient_divide_factor(1.0)
+    # Hidden states are a view of the pack's one row. Nothing writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    for name in forwards:
+        register_fsdp_forward_method(module, name)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one, on every process; a plain one as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return full() if full is not None else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; a plain one as it is."""
+    part = getattr(tensor, "to_local", None)
+    return part() if part is not None else tensor
+
+
+def fill(target: Tensor, source: Tensor) -> None:
+    """Copies a whole tensor into one that may be sharded."""
+    if target.shape != source.shape:
+        raise ValueError(
+            f"distributed.fill: expected a tensor of shape {tuple(target.shape)}, "
+            f"got {tuple(source.shape)}"
+        )
+    with torch.no_grad():
+        if local(target) is target:
+            target.copy_(source)
+            return
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = target
+        spread = distribute_tensor(
+            source.detach().to(local(target).device), sharded.device_mesh, sharded.placements
+        )
+        local(target).copy_(spread.to_local())

@@ -1,0 +1,164 @@
+"""What two processes do in test_distributed.py: `torchrun ... several_processes.py CHECK FOLDER`.
+
+The main process writes what it found to FOLDER/CHECK-N.pt, N the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(size: int, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node SIZE ARGUMENTS` on this repository."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [*launch, "--nproc-per-node", str(size), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        **options,
+    )
+
+
+def found(check: str, folder: Path, size: int) -> Any:
+    """Runs a check in `size` processes; what its main process found."""
+    script = str(Path(__file__).resolve())
+    done = torchrun(size, [script, check, str(folder)], cwd=folder, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / f"{check}-{size}.pt", weights_only=True)
+
+
+LENGTHS = (5, 9, 3, 17, 4, 2, 8)
+
+
+def sequences() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(97, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def tiny_policy(tied: bool) -> Any:
+    """Two layers, 97 tokens, and a value head that says something."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastalign.models import Policy
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
+    policy = Policy(model, value_head=True)
+    torch.nn.init.normal_(policy.value_head.down.weight)  # type: ignore[union-attr, arg-type]
+    return policy
+
+
+def steps(tied: bool) -> dict[str, Any]:
+    """Three steps of MLE and a value loss, with an evaluation before each; losses and weights."""
+    from fastalign import losses, ops
+    from fastalign.data.packing import pack
+    from fastalign.train import distributed
+
+    policy = tiny_policy(tied)
+    distributed.shard(policy, "hidden")
+    data = sequences()
+    adam = torch.optim.AdamW(policy.parameters(), lr=1e-2, fused=True)
+    history: list[list[float]] = []
+    for step in range(3):
+        batch = list(range(step, len(data)))
+        n_targets = sum(LENGTHS[i] - 1 for i in batch)
+        with torch.no_grad():
+            before, _ = policy.logprobs(pack(data[:2]))
+        loss = torch.zeros(())
+        for micro in distributed.micros(policy, batch, LENGTHS, 12):
+            packed = pack([data[i] for i in micro.rows])
+            hidden = policy.response_hidden(packed)
+            out = ops.linear_loss(
+                hidden,
+                policy.head_weight,
+                packed.response_targets,
+                losses.MLE(),
+                {},
+                ignore_index=None,
+                normalizer=n_targets,
+            )
+            part = (out.loss + policy.values(hidden).square().sum() / n_targets) * micro.weight
+            part.backward()
+            loss += part.detach()
+        distributed.total(loss)
+        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
+        adam.step()
+        adam.zero_grad()
+        history.append([float(loss), float(norm), float(before.sum())])
+    weights = {name: distributed.whole(p).clone() for name, p in policy.state_dict().items()}
+    return {"history": history, "weights": weights}
+
+
+def check_steps() -> Any:
+    return {"tied": steps(True), "untied": steps(False)}
+
+
+def check_words() -> Any:
+    """Each of the small exchanges, with numbers that tell the processes apart."""
+    from fastalign.train import distributed
+
+    here = distributed.world()
+    summed = distributed.total(torch.tensor([1.0, 10.0 * here.rank]))
+    lists = distributed.gather([here.rank, "a"])
+    anyone = distributed.any_true(here.rank == here.size - 1, torch.device("cpu"))
+    nobody = distributed.any_true(False, torch.device("cpu"))
+    chosen = distributed.from_main({"rank": here.rank})
+    policy = tiny_policy(True)
+    distributed.shard(policy, "hidden")
+    before: Tensor = distributed.whole(policy.head_weight)
+    distributed.fill(policy.head_weight, 2 * before)
+    moved = (distributed.whole(policy.head_weight) - 2 * before).abs().max().item()
+    part = distributed.local(policy.head_weight).shape[0]
+    return {
+        "summed": summed.tolist(),
+        "lists": lists,
+        "anyone": anyone,
+        "nobody": nobody,
+        "chosen": chosen,
+        "moved": moved,
+        "part": part,
+    }
+
+
+def main() -> None:
+    from fastalign.train import distributed
+
+    torch.set_num_threads(1)
+    distributed.start(torch.device("cpu"))
+    checks: dict[str, Callable[[], Any]] = {"steps": check_steps, "words": check_words}
+    result = checks[sys.argv[1]]()
+    here = distributed.world()
+    if here.is_main:
+        torch.save(result, Path(sys.argv[2]) / f"{sys.argv[1]}-{here.size}.pt")
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    main()
