@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from fastalign import cli
 from fastalign.data.tokenizer import train_tokenizer
 from fastalign.train import sft
+from fastalign.train.optim import Optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -322,7 +323,7 @@ def test_nan_loss_stops_before_the_weights_and_names_the_first_tensor(capsys, tm
     argv = ["train", "sft", "--output", folder, "--model", road / "sft/model", "--limit", 20]
     argv += ["--max_length", 256, "--batch_tokens", 256, "--epochs", 1, "--lr", "1e-4"]
     argv += ["--checkpoint_every", 1, "--keep_checkpoints", 99, "--eval_limit", 2]
-    plain = sft.Optimizer.update
+    plain = Optimizer.update
     broken = "model.model.layers.1.mlp.up_proj.weight"
 
     def update(self, run, step, loss, inputs):
@@ -333,7 +334,7 @@ def test_nan_loss_stops_before_the_weights_and_names_the_first_tensor(capsys, tm
         return plain(self, run, step, loss, inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft.Optimizer, "update", update)
+        patch.setattr(Optimizer, "update", update)
         found = Failed(capsys, *argv)
     assert found.status == 1
     assert "step 3: loss nan, gradient norm" in found.line

@@ -12,7 +12,7 @@ from fastalign.data.packing import epochs_of_batches
 from fastalign.models import load_tokenizer
 from fastalign.models.attention import attention
 from fastalign.testing import TOLERANCES
-from fastalign.train import reward, sft
+from fastalign.train import reward, sft, supervised
 from fastalign.train.optim import Optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,20 +72,20 @@ def sft_config(folder, road, **changes):
 
 
 def test_sft(road, tmp_path, recorded, monkeypatch):
-    plain = sft.ops.linear_loss
+    plain = supervised.ops.linear_loss
 
     def no_row_is_dropped(*args, ignore_index=-100, **options):
         assert ignore_index is None  # counting the rows to drop would make the host wait for CUDA
         return plain(*args, ignore_index=None, **options)
 
-    monkeypatch.setattr(sft.ops, "linear_loss", no_row_is_dropped)
+    monkeypatch.setattr(supervised.ops, "linear_loss", no_row_is_dropped)
     config = sft_config(tmp_path / "whole", road)
     whole, losses, policy = run(sft.train, config, recorded)
     micro = sft_config(tmp_path / "micro", road, micro_tokens=MICRO)
     parts, again, _ = run(sft.train, micro, recorded)
-    _, examples, _ = sft.load_data(config)
-    lengths = [len(e.prompt) + len(e.completion) for e in examples]
-    schedule = epochs_of_batches(lengths, 1, 700, config.seed)
+    _, samples, _ = sft.load_data(config)
+    examples = samples.examples
+    schedule = epochs_of_batches(samples.lengths, 1, 700, config.seed)
     assert len(schedule) == len(whole) == len(parts) >= 3
     assert again == pytest.approx(losses, rel=10 * FLOAT32)
     for step, batch in enumerate(schedule):
