@@ -6,7 +6,7 @@ beside it.
 
 from __future__ import annotations
 
-import copy
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import ops
+from fastalign.models import lora
 from fastalign.models.attention import NAME, check_packed, packed_hidden, register
 from fastalign.models.pretrained import context, make_model
 
@@ -80,18 +81,23 @@ class Policy(nn.Module):
         return policy
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """Weights and tokenizer in the `transformers` form, the value head beside them."""
+        """Weights and tokenizer in the `transformers` form, the value head beside them; what a
+        LoRA adapter becomes is said at `LoRAConfig.save`."""
         from safetensors.torch import save_file
 
-        self.model.save_pretrained(folder)
+        lora.save_model(self.model, folder)
         tokenizer.save_pretrained(folder)
         if self.value_head is not None:
             tensors = {k: v.contiguous() for k, v in self.value_head.state_dict().items()}
             save_file(tensors, folder / VALUE_HEAD_FILE)
 
     def frozen_copy(self) -> Policy:
-        """pi_init: the same language model, its own weights, no gradients, no value head."""
-        twin = Policy(copy.deepcopy(self.model))
+        """pi_init: the same language model, its own weights, no gradients, no value head.
+
+        Of a policy with a LoRA adapter it is the base: the same weights without the adapter.
+        """
+        model = self.model
+        twin = Policy(lora.without_adapter(model) if lora.has_adapter(model) else deepcopy(model))
         return twin.requires_grad_(False).eval()
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastalign.errors import UserError
-from fastalign.models import scratch
+from fastalign.models import lora, scratch
 
 
 def load_tokenizer(source: str) -> Any:
@@ -34,12 +34,21 @@ def load_tokenizer(source: str) -> Any:
 def load_model(source: str, auto_class: Any) -> Any:
     """The fp32 weights of a local folder or hub id as a model of `auto_class`.
 
+    A folder of a LoRA adapter gives its base model with the adapter merged into the weights.
+
     Raises:
         UserError: nothing there that loads.
     """
     from safetensors import SafetensorError
 
     check_folder(source)
+    base = lora.base_of(source)
+    if base is not None:
+        try:
+            model = load_model(base, auto_class)
+        except UserError as error:
+            raise UserError(f"the base of the adapter at {source!r}: {error}") from error
+        return lora.merge_folder(model, source)
     try:
         return auto_class.from_pretrained(source, attn_implementation="sdpa", dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastalign import ops
 from fastalign.errors import UserError
 from fastalign.models.attention import NAME, check_packed, packed_hidden, register
+from fastalign.models.lora import save_model
 from fastalign.models.pretrained import context, load_model, make_model
 from fastalign.ops.reduce_scores import STATISTICS, reduce_scores
 from fastalign.streams import stream
@@ -133,7 +134,7 @@ class RewardEnsemble(nn.Module):
         """Encoder and tokenizer in the `transformers` form, heads and config beside them."""
         from safetensors.torch import save_file
 
-        self.encoder.save_pretrained(folder)
+        save_model(self.encoder, folder)
         tokenizer.save_pretrained(folder)
         heads = {
             n: getattr(self, n).detach().contiguous() for n in ("weight", "bias", "center", "scale")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastalign.models.lora import LoRAConfig
 from fastalign.train.run import Run, RunConfig, RunError, Stopped, at_least, first_non_finite
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -33,6 +34,8 @@ class OptimConfig(RunConfig):
     activation_checkpointing: bool = False
     """Keep only the input of each layer and run the layer again for the gradients: less memory, a
     third more time."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Low-rank adapters instead of all weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

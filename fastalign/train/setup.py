@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastalign.models import Policy
+from fastalign.models.lora import add_adapter
 from fastalign.models.recompute import recompute_activations
 from fastalign.train.optim import OptimConfig
 
@@ -44,7 +45,9 @@ def prepare_trunk(config: OptimConfig, model: nn.Module) -> None:
     """Makes a `transformers` model, a policy's or a reward ensemble's encoder, what `config` asks.
 
     Raises:
-        UserError: activations are to be recomputed, and the model has no layers to do that with.
+        UserError: the model cannot have the adapter, or no layers to recompute activations of.
     """
+    if config.lora.rank:
+        add_adapter(model, config.lora)
     if config.activation_checkpointing:
         recompute_activations(model)
