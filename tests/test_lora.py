@@ -139,6 +139,7 @@ def test_the_reference_leaves_the_policys_gradients_and_mode_alone(base, tokeniz
         return found
 
     alone, with_reference = gradients(False), gradients(True)
+    assert not torch.equal(policy.hidden(PACK), policy.hidden(PACK))  # dropout
     assert policy.training and not reference.training
     assert (
         alone.keys()
