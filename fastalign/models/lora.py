@@ -162,7 +162,7 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
     state: dict[str, Tensor] = without_adapter(model).state_dict()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
+            weight: Any = module.get_base_layer().weight
             delta: Tensor = module.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
             state[f"{name}.weight"] = weight + delta.to(weight.dtype)
     return state
