@@ -2,7 +2,7 @@
 
 `--config FILE` loads values from YAML (a run's config.yaml, say), options after it override them,
 and `--print_config` shows what results. Whatever is wrong with the input ends in one line and exit
-status 2 (1 for a run that had to stop, 130 for Ctrl-C).
+status 2 (1 for a run that had to stop, 130 for Ctrl-C, 143 for SIGTERM).
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
 
             logging.getLogger("fastalign").info("report: %s", conclude(Path(config.output)))
     except Interrupted as stop:
-        fail(f"{name}: {stop}", 130)
+        fail(f"{name}: {stop}", 128 + stop.number)
     except KeyboardInterrupt:
         fail(f"{name}: stopped at once; the last checkpoint stays", 130)
     except UserError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastalign.models import scratch
 from fastalign.rollout import SamplingConfig
 from fastalign.train import apa, reward, sft
-from fastalign.train.run import claim_folder, clear_folder, write_config
+from fastalign.train.folder import claim_folder, clear_folder, write_config
 
 log = logging.getLogger("fastalign")
 

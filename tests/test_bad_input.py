@@ -467,7 +467,10 @@ def test_full_disk(capsys, tmp_path, monkeypatch):
         capsys, "train", "sft", "--output", tmp_path / "run", *TINY, "--limit", 4, "--eval_limit", 2
     )
     assert found.status == 1
-    assert found.line == "train sft: No space left on device: weights.safetensors"
+    assert found.line == (
+        "train sft: step 2: a checkpoint cannot be written: No space left on device; "
+        "no checkpoint was written yet"
+    )
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def test_a_crash_while_writing_leaves_the_old_ones(tmp_path, monkeypatch, file):
 
 
 def test_a_checkpoint_written_anew_replaces_its_elder_at_no_moment_to_none(tmp_path, monkeypatch):
-    """A crash between the two renames: the elder lies aside, is not listed, and comes back."""
+    """The second rename fails: the elder has its name back, and nothing else is there."""
     checkpoint.save(tmp_path, made(10, 1.0), keep=1)
     plain = Path.rename
 
@@ -99,7 +99,10 @@ def test_a_checkpoint_written_anew_replaces_its_elder_at_no_moment_to_none(tmp_p
         broken.setattr(Path, "rename", crash)
         with pytest.raises(OSError, match="Input/output error"):
             checkpoint.save(tmp_path, made(10, 2.0), keep=1)
-    assert names(tmp_path) == [".step-000010.old", ".step-000010.partial"]
+    assert names(tmp_path) == ["step-000010"]
+    # A process that dies there leaves both aside, and the next one puts the elder back.
+    (tmp_path / "step-000010").rename(tmp_path / ".step-000010.old")
+    (tmp_path / ".step-000010.partial").mkdir()
     assert checkpoint.found(tmp_path) == []
     found, damaged = checkpoint.newest_intact(tmp_path)
     assert (found.step, damaged) == (10, []) and found.tensors["policy.weight"][0, 0] == 1.0

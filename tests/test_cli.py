@@ -145,7 +145,8 @@ def test_a_run_writes_its_folder(road):
     for run in ("sft", "reward", "apa"):
         held = {path.name for path in (road / run).iterdir()}
         more = {"evaluation.json", "samples.jsonl"} if run == "apa" else set()
-        assert held == {"config.yaml", "metrics.jsonl", "checkpoints", "model"} | more
+        expected = {"config.yaml", "metrics.jsonl", "accounting.json", "checkpoints", "model"}
+        assert held == expected | more
 
 
 def test_report_of_a_run(capsys, road, tmp_path):

@@ -253,7 +253,7 @@ def test_another_architecture_is_refused(road, tmp_path):
     saved = str(sorted((road / "sft" / "checkpoints").iterdir())[-1])
     with pytest.raises(RunError, match="the checkpoint is of another architecture"):
         config = sft_config(tmp_path, road)
-        sft.train(dataclasses.replace(config, model="scratch:2m", resume=saved))
+        sft.train(dataclasses.replace(config, model="scratch:2m", batch_tokens=1024, resume=saved))
 
 
 # --- APA ----------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from fastalign.train.run import (
     autocast,
     begin,
 )
+from fastalign.train.same_run import Inputs
 from fastalign.train.setup import load_policy
 
 log = logging.getLogger("fastalign")
@@ -318,7 +319,12 @@ def train(config: APAConfig) -> Path:
         start = run.restore(
             Stateful(
                 {"policy": policy},
-                {"optimizer": optimizer, "moments": moments, "evaluations": evaluations},
+                {
+                    "optimizer": optimizer,
+                    "moments": moments,
+                    "evaluations": evaluations,
+                    "inputs": Inputs(prompts=prompts, reference=reference, reward=ensemble),
+                },
             )
         )
         if start == 0:
@@ -356,7 +362,8 @@ def train(config: APAConfig) -> Path:
                     evaluations.after = judged()
                 run.log(step, "eval", evaluations.after.numbers)
             run.end_step(step)
-        policy.save(run.folder / "model", tokenizer)
+        with run.saving_model() as folder:
+            policy.save(folder, tokenizer)
         facts = {
             "method": "apa",
             "proxy": ensemble.config.statistic,

@@ -1,17 +1,14 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is a folder `step-000120` holding `weights.safetensors`, `state.pt` and a
-`manifest.json` with the size and SHA-256 of both. It is written under a temporary name, synced, and
-renamed last, so a folder of the final name is complete; the manifest catches what a disk does to it
-afterwards. One that is written anew first moves its elder aside, to `.step-000120.old`, which comes
-back if the process dies before the new one has the name.
+`manifest.json` with the size and SHA-256 of both. A folder of that name is complete, see `whole`;
+the manifest catches what a disk does to it afterwards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -22,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import UserError
+from fastalign.train import whole
+from fastalign.train.whole import whole_folder
 
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 
@@ -48,18 +47,13 @@ def _digest(path: Path) -> str:
         )
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes `folder/step-NNNNNN`; it and the `keep` - 1 before it stay.
 
     Checkpoints of later steps go: they are of a run that was left when an earlier one was resumed.
+
+    Raises:
+        OSError: it could not be written (a full disk). Those before it stay, nothing is left of it.
     """
     from safetensors.torch import save_file
 
@@ -68,28 +62,16 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for left in sorted(folder.glob(".step-*.partial")):
         shutil.rmtree(left)
     final = folder / f"step-{checkpoint.step:06d}"
-    partial, aside = folder / f".{final.name}.partial", folder / f".{final.name}.old"
-    partial.mkdir()
-    # Tied weights share memory, which safetensors refuses: each name gets its own copy.
-    tensors = {
-        name: t.detach().cpu().clone().contiguous() for name, t in checkpoint.tensors.items()
-    }
-    save_file(tensors, partial / WEIGHTS)
-    torch.save(checkpoint.state, partial / STATE)
-    files = {
-        name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
-        for name in (WEIGHTS, STATE)
-    }
-    (partial / MANIFEST).write_text(json.dumps({"step": checkpoint.step, "files": files}, indent=2))
-    for name in (WEIGHTS, STATE, MANIFEST):
-        _sync(partial / name)
-    _sync(partial)
-    if final.exists():
-        final.rename(aside)
-    partial.rename(final)
-    _sync(folder)
-    if aside.exists():
-        shutil.rmtree(aside)
+    with whole_folder(final) as partial:
+        save_file(apart(checkpoint.tensors), partial / WEIGHTS)
+        with (partial / STATE).open("wb") as file:
+            torch.save(checkpoint.state, file)
+        files = {
+            name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
+            for name in (WEIGHTS, STATE)
+        }
+        manifest = {"step": checkpoint.step, "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
     paths = found(folder)
     here = paths.index(final)
     for path in paths[: max(0, here + 1 - keep)] + paths[here + 1 :]:
@@ -97,14 +79,25 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two of them in the same memory, which safetensors
+    refuses: of tied weights each name but the first gets a copy."""
+    held: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        if place in held:
+            own = own.clone()
+        held.add(place)
+        found[name] = own
+    return found
+
+
 def put_back(folder: Path) -> None:
-    """Ends what a dead process left half done: of a checkpoint and its elder one has the name."""
+    """Ends what a dead process left half done, see `whole`."""
     for aside in sorted(folder.glob(".step-*.old")):
-        final = folder / aside.name.removeprefix(".").removesuffix(".old")
-        if final.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(final)
+        whole.put_back(folder / aside.name.removeprefix(".").removesuffix(".old"))
 
 
 def found(folder: Path) -> list[Path]:

@@ -36,6 +36,7 @@ from fastalign.train.run import (
     begin,
     check_context,
 )
+from fastalign.train.same_run import Inputs
 from fastalign.train.setup import prepare_trunk
 
 log = logging.getLogger("fastalign")
@@ -222,7 +223,8 @@ def train(config: RewardConfig) -> Path:
 
     optimizer = Optimizer(config, ensemble, len(schedule))
     with Run(config, "reward", len(schedule)) as run:
-        start = run.restore(Stateful({"ensemble": ensemble}, {"optimizer": optimizer}))
+        others = {"optimizer": optimizer, "inputs": Inputs(data=pairs)}
+        start = run.restore(Stateful({"ensemble": ensemble}, others))
         for step in range(start + 1, len(schedule) + 1):
             batch = schedule[step - 1]
             totals = weights[batch].sum(0)
@@ -261,6 +263,6 @@ def train(config: RewardConfig) -> Path:
                 if held_out and (step % config.eval_every == 0 or step == len(schedule)):
                     run.log(step, "eval", evaluate(ensemble, held_out, config))
             run.end_step(step)
-        model_folder = run.folder / "model"
-        ensemble.save(model_folder, tokenizer)
-    return model_folder
+        with run.saving_model() as folder:
+            ensemble.save(folder, tokenizer)
+    return run.folder / "model"

@@ -1,24 +1,15 @@
-"""A run: its folder, its metrics, its progress on the screen, its checkpoints, its end.
-
-run folder/
-  config.yaml      the resolved configuration
-  metrics.jsonl    one JSON object a line
-  checkpoints/     step-000100/ ...
-  accounting.json  what it cost by phase, written when it ends or is stopped
-  model/           what came out, written at the end
-"""
+"""A run: its metrics, its progress on the screen, its checkpoints, its end."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
 import random
-import shutil
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -27,23 +18,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalign.errors import UserError
 from fastalign.train import checkpoint, strict_json
+from fastalign.train.folder import (
+    RunError,
+    claim_folder,
+    clear_folder,
+    is_unfinished,
+    options_of,
+    write_config,
+)
 from fastalign.train.meter import Meter
+from fastalign.train.same_run import changed_options
+from fastalign.train.whole import sync, whole_folder, write_text
 
 log = logging.getLogger("fastalign")
 
 
-class RunError(UserError):
-    """A run that cannot start; the message is one clear line for the user."""
-
-
 class Stopped(RunError):
-    """A run that cannot go on, for a reason found in the middle of it (a NaN)."""
+    """A run that cannot go on, for a reason found in the middle of it (a NaN, a full disk)."""
 
 
 class Interrupted(Exception):
-    """The user asked to stop (Ctrl-C); a checkpoint has been written."""
+    """The user (Ctrl-C) or a batch system (SIGTERM) asked to stop; a checkpoint has been written.
+
+    Args:
+        message: for the user.
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass
@@ -63,7 +68,7 @@ class RunConfig:
     dtype: str = "auto"
     """Of the forward pass: float32, bfloat16 (autocast, weights stay fp32), auto (it on CUDA)."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; one more is written at the end and on Ctrl-C."""
+    """Steps between checkpoints; one more is written at the end, on Ctrl-C and on SIGTERM."""
     keep_checkpoints: int = 2
     """How many checkpoints stay."""
 
@@ -136,22 +141,35 @@ class Run:
         device = choose_device(config.device)
         self.meter = Meter(device, forward_dtype(device, config.dtype))
         self.step = 0
-        self._interrupts = 0
+        self._signal: int | None = None
         self._not_finite: set[str] = set()
 
     # --- the loop's side -------------------------------------------------------------------------
 
     def restore(self, stateful: Stateful) -> int:
-        """Loads what --resume asks for; the step to go on from (0 in a new run)."""
+        """Loads what --resume asks for; the step to go on from (0 in a new run).
+
+        Raises:
+            RunError: the checkpoint is not of this run, see `same_run`.
+            CheckpointError: there is no intact one.
+        """
         self.stateful = stateful
         if self.config.resume is None:
             return 0
         if self.config.resume == "auto":
+            if is_unfinished(self.folder):
+                log.warning("no checkpoint was written yet: beginning at the beginning")
+                self._drop_metrics_after(-1)
+                return 0
             saved, damaged = checkpoint.newest_intact(self.folder / "checkpoints")
             for line in damaged:
                 log.warning("%s; taking the one before it", line)
         else:
             saved = checkpoint.load(Path(self.config.resume))
+        for name, was, now in changed_options(
+            self.command, options_of(self.config), saved.state["run"]
+        ):
+            log.warning("resumed with %s %s; the checkpoint's run had %s", name, now, was)
         stateful.restore(saved)
         if saved.step > self.total:
             raise RunError(
@@ -177,19 +195,24 @@ class Run:
                 continue  # the half line of a killed run
             if record["step"] <= step:
                 kept.append(line + "\n")
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        write_text(path, "".join(kept))
 
     def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         """Writes one line of metrics.jsonl (null for what is not finite) and refreshes the
-        screen."""
+        screen.
+
+        Raises:
+            Stopped: it cannot be written.
+        """
         for key, value in metrics.items():
             if not math.isfinite(value) and key not in self._not_finite:
                 self._not_finite.add(key)
                 log.warning("step %d: %s is %s; metrics.jsonl has null for it", step, key, value)
         record = {"step": step, "phase": phase, "time": time.time(), **metrics}
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with (
+            self._writing(f"step {step}: metrics.jsonl"),
+            (self.folder / "metrics.jsonl").open("a") as file,
+        ):
             file.write(strict_json.dumps(record) + "\n")
         if phase == "train":
             self._screen.show(step, metrics)
@@ -198,21 +221,52 @@ class Run:
         """After every step: the checkpoint that is due, and the stop that was asked for.
 
         Raises:
-            Interrupted: Ctrl-C was pressed; the checkpoint is written.
+            Interrupted: Ctrl-C or SIGTERM came; the checkpoint is written.
+            Stopped: the checkpoint cannot be written. Those before it stay.
         """
         self.step = step
-        stop = self._interrupts > 0
-        if stop or step % self.config.checkpoint_every == 0 or step == self.total:
-            with self.meter.phase("checkpoint"):
+        stop = self._signal
+        if stop is not None or step % self.config.checkpoint_every == 0 or step == self.total:
+            with self.meter.phase("checkpoint"), self._writing(f"step {step}: a checkpoint"):
+                # No step that a checkpoint covers may be missing, even where the power fails.
+                if (self.folder / "metrics.jsonl").exists():
+                    sync(self.folder / "metrics.jsonl")
                 saved = self.stateful.capture(step)
                 saved.state["meter"] = self.meter.state_dict()
+                saved.state["run"] = {
+                    "command": self.command,
+                    "options": options_of(self.config),
+                }
                 path = checkpoint.save(
                     self.folder / "checkpoints", saved, self.config.keep_checkpoints
                 )
-            if stop:
+            if stop is not None:
                 raise Interrupted(
-                    f"stopped at step {step}; go on with --resume (checkpoint {path})"
+                    f"stopped at step {step}; go on with --resume (checkpoint {path})", stop
                 )
+
+    @contextmanager
+    def saving_model(self) -> Iterator[Path]:
+        """Gives the folder to save what came out into; it becomes OUTPUT/model when it is whole.
+
+        Raises:
+            Stopped: it cannot be written.
+        """
+        with (
+            self.meter.phase("checkpoint"),
+            self._writing("the model"),
+            whole_folder(self.folder / "model") as folder,
+        ):
+            yield folder
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise Stopped(
+                f"{what} cannot be written: {error.strerror or error}; {self.last_checkpoint()}"
+            ) from error
 
     def last_checkpoint(self) -> str:
         paths = checkpoint.found(self.folder / "checkpoints")
@@ -231,9 +285,10 @@ class Run:
         self._screen = Screen(self.command, self.total, self.started)
         self._screen.start()
         self.meter.start()
-        self._handler = signal.getsignal(signal.SIGINT)
+        self._handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         if _in_main_thread():
-            signal.signal(signal.SIGINT, self._on_interrupt)
+            for number in self._handlers:
+                signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -246,17 +301,26 @@ class Run:
         self.meter.stop()
         self._write_accounting()
         if _in_main_thread():
-            signal.signal(signal.SIGINT, self._handler)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
 
     def _write_accounting(self) -> None:
         found = {"method": self.command, "step": self.step, **self.meter.summary()}
-        (self.folder / "accounting.json").write_text(strict_json.dumps(found, indent=2) + "\n")
+        try:
+            write_text(self.folder / "accounting.json", strict_json.dumps(found, indent=2) + "\n")
+        except OSError as error:
+            log.warning("accounting.json cannot be written: %s", error.strerror)
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._interrupts += 1
-        if self._interrupts > 1:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if self._signal is None:
+            self._signal = number
+            log.warning("%s: finishing this step and writing a checkpoint", name)
+            if number == signal.SIGINT:
+                log.warning("(Ctrl-C again: stop at once)")
+        elif number == signal.SIGINT:
+            # Not at a second SIGTERM: batch systems send one to a job and to each of its processes.
             raise KeyboardInterrupt
-        log.warning("Ctrl-C: finishing this step and writing a checkpoint (again: stop at once)")
 
 
 def _in_main_thread() -> bool:
@@ -278,58 +342,14 @@ def begin(config: RunConfig) -> torch.device:
         config.resume is not None
         and Path(config.resume).resolve().parent.parent == Path(config.output).resolve()
     )
+    there = Path(config.output).is_dir()
     claim_folder(Path(config.output), overwrite=config.overwrite, reuse=own)
-    if config.resume is not None:
+    unfinished = there and config.resume == "auto" and is_unfinished(Path(config.output))
+    if config.resume is not None and not unfinished:
         checkpoint.check_there(config.resume, Path(config.output) / "checkpoints")
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     return device
-
-
-def claim_folder(folder: Path, *, overwrite: bool, reuse: bool = False) -> None:
-    """Makes the folder, or says why it cannot be used. A folder of nothing but config.yaml is free.
-
-    Nothing is deleted yet: a former run goes when this one begins, its data and models loaded.
-
-    Raises:
-        RunError: it holds something already, or cannot be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"output {folder} is a file; expected a folder")
-    try:
-        held = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        if held - {"config.yaml"} and not reuse:
-            if not overwrite:
-                raise RunError(
-                    f"output folder {folder} is already in use; choose another --output, "
-                    "or --overwrite, or --resume"
-                )
-            if "config.yaml" not in held:
-                raise RunError(
-                    f"--overwrite: {folder} does not hold a run (no config.yaml); not deleting it"
-                )
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"cannot write to output folder {folder}: {error.strerror}") from error
-
-
-def clear_folder(folder: Path) -> None:
-    """Deletes what a former run left in a claimed folder."""
-    shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def write_config(folder: Path, config: Any) -> None:
-    """The resolved configuration as config.yaml, which `--config` reads back."""
-    import yaml
-
-    values = dataclasses.asdict(config)
-    for once in ("resume", "overwrite"):
-        values.pop(once, None)
-    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def choose_device(name: str) -> torch.device:

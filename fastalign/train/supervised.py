@@ -29,6 +29,7 @@ from fastalign.models import Policy
 from fastalign.models.flops import training_flops
 from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.run import Run, Stateful, at_least, autocast, check_context
+from fastalign.train.same_run import Inputs
 
 log = logging.getLogger("fastalign")
 
@@ -235,7 +236,7 @@ class Supervised:
         config, total = self.config, len(self.schedule)
         self.policy.train()
         with Run(config, self.name, total) as run:
-            start = run.restore(Stateful({"policy": self.policy}, {"optimizer": self.optimizer}))
+            start = run.restore(self.stateful())
             if start == 0 and self.held_out.examples:
                 with run.meter.phase("evaluate"):
                     run.log(0, "eval", self.evaluate())
@@ -247,8 +248,13 @@ class Supervised:
                     with run.meter.phase("evaluate"):
                         run.log(step, "eval", self.evaluate())
                 run.end_step(step)
-            self.save(run.folder / "model")
+            with run.saving_model() as folder:
+                self.save(folder)
         return run.folder / "model"
+
+    def stateful(self) -> Stateful:
+        inputs = Inputs(data=self.train.examples)
+        return Stateful({"policy": self.policy}, {"optimizer": self.optimizer, "inputs": inputs})
 
     def update(self, run: Run, step: int, batch: list[int]) -> dict[str, float]:
         """One optimizer step on the samples of a batch; its numbers."""
