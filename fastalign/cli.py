@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train sft": ("fastalign.train.sft", "SFTConfig", "train"),
     "train reward": ("fastalign.train.reward", "RewardConfig", "train"),
     "train apa": ("fastalign.train.apa", "APAConfig", "train"),
+    "train mle": ("fastalign.train.mle", "MLEConfig", "train"),
+    "train rwr": ("fastalign.train.rwr", "RWRConfig", "train"),
     "report": ("fastalign.report.command", "ReportConfig", "run"),
 }
 ABOUT = {
@@ -31,6 +33,8 @@ ABOUT = {
     "train sft": "supervised fine-tuning",
     "train reward": "an ensemble of reward heads from preference pairs",
     "train apa": "Advantage-Induced Policy Alignment against a reward ensemble",
+    "train mle": "fine-tuning on the responses with the highest rewards",
+    "train rwr": "fine-tuning on all responses, weighted by their rewards",
     "report": "write report.html of a run",
 }
 

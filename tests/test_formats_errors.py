@@ -87,7 +87,7 @@ def test_missing_reward_is_an_error_only_when_required(write):
     path = write({"prompt": "a", "completion": "b", "reward": None})
     assert read_completions(path)[0][0].reward is None
     message = failure(read_completions, path, require_reward=True)
-    assert message == f"{path}:1: reward is missing"
+    assert message.startswith(f"{path}:1: reward is missing: give the data a number reward or")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ ASSISTANT_MARK = "\n\nAssistant:"
 ACCEPTED = {
     "preferences": "prompt + chosen + rejected, or chosen + rejected that share their beginning",
     "prompts": "prompt, or messages, or preference or completion data",
-    "completions": "prompt + completion (+ reward), or messages, or preference data",
+    "completions": "prompt + completion (+ reward or score), or messages, or preference data",
 }
 
 EQUAL = "chosen equals rejected"
@@ -171,22 +171,26 @@ def read_completions(
     lines: str | None = None,
     limit: int | None = None,
     require_reward: bool = False,
+    rejected: bool = False,
 ) -> tuple[list[Completion], LoadReport]:
-    """Reads responses, with rewards where there are any; of preference data, the chosen ones.
+    """Reads responses, with rewards where there are any; of preference data, the chosen ones, and
+    with ``rejected`` also the others, each right after its chosen one.
 
     Arguments, returns and errors are those of ``read_preferences``; and with ``require_reward``, a
-    record whose reward is missing is a ``DataError``. A reward that is not finite always is one.
+    record without ``reward``, or ``score`` in its place, is a ``DataError``. One that is not finite
+    always is one.
     """
     report = LoadReport(source)
     found = []
     for record, where in read_records(source, split=split, lines=lines, limit=limit):
         reward = _reward(record, where, require_reward)
         try:
-            prompt, completion = _completion(record, where)
+            prompt, *responses = _completion(record, where)
         except _Unusable as why:
             report.drop(str(why), where)
         else:
-            found.append(Completion(prompt, completion, reward, where))
+            kept = responses if rejected else responses[:1]
+            found += [Completion(prompt, response, reward, where) for response in kept]
     return _finish(found, report), report
 
 
@@ -317,13 +321,13 @@ def _split(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     return chosen[:cut], _checked_response(chosen[cut:]), _checked_response(rejected[cut:])
 
 
-def _completion(record: dict[str, Any], where: str) -> tuple[Text, Text]:
+def _completion(record: dict[str, Any], where: str) -> tuple[Text, ...]:
+    """The prompt and its response, or its two responses, the better one first."""
     if _has(record, "prompt", "completion"):
         prompt = _text(record["prompt"], "prompt", where)
         return _joined(prompt, _text(record["completion"], "completion", where), where)
     if _has(record, "chosen", "rejected"):
-        prompt, chosen, _ = _preference(record, where)
-        return prompt, chosen
+        return _preference(record, where)
     if _has(record, "messages"):
         messages = _text(record["messages"], "messages", where)
         if isinstance(messages, str):
@@ -354,15 +358,20 @@ def _prompt_of(record: dict[str, Any], where: str) -> tuple[Text, bool]:
 
 
 def _reward(record: dict[str, Any], where: str, required: bool) -> float | None:
-    value = record.get("reward")
+    # A score that nobody asked for may be anything: another's rating, a grade in letters.
+    name = "score" if required and record.get("reward") is None else "reward"
+    value = record.get(name)
     if value is None:
         if required:
-            raise DataError(f"{where}: reward is missing")
+            raise DataError(
+                f"{where}: reward is missing: give the data a number reward or score (fastalign "
+                "score writes them), or label them with --reward"
+            )
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise DataError(f"{where}: reward must be a number, got {type(value).__name__}")
+        raise DataError(f"{where}: {name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
-        raise DataError(f"{where}: reward must be finite, got {value}")
+        raise DataError(f"{where}: {name} must be finite, got {value}")
     return float(value)
 
 

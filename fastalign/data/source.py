@@ -81,6 +81,52 @@ def completions(
     return found, LoadReport(source, len(found), {}, {}, {})
 
 
+def rewarded(
+    source: str,
+    split: str | None,
+    lines: str | None,
+    limit: int | None,
+    held_out: bool = False,
+) -> tuple[list[Completion], LoadReport]:
+    """Responses with the rewards that are in the data; arguments and errors as for `completions`.
+
+    Raises:
+        DataError: also, a record without one; the built-in task's have none.
+    """
+    if synthetic_task(source) is not None:
+        raise DataError(
+            f"{source}: its responses have no rewards: label them with --reward FOLDER (a reward "
+            "ensemble), or with --reward gold"
+        )
+    return formats.read_completions(
+        source, split=split, lines=lines, limit=limit, require_reward=True
+    )
+
+
+def responses(
+    source: str,
+    split: str | None,
+    lines: str | None,
+    limit: int | None,
+    held_out: bool = False,
+) -> tuple[list[Completion], LoadReport]:
+    """Responses to be scored: of completion data theirs, of preference data (and of the built-in
+    task) both of each pair. Arguments, of records or pairs, and errors as for `completions`."""
+    task = synthetic_task(source)
+    if task is None:
+        return formats.read_completions(
+            source, split=split, lines=lines, limit=limit, rejected=True
+        )
+    pairs, report = preferences(source, split, lines, limit, held_out)
+    found = [
+        Completion(pair.prompt, response, None, pair.source)
+        for pair in pairs
+        for response in (pair.chosen, pair.rejected)
+    ]
+    report.kept = len(found)
+    return found, report
+
+
 def preferences(
     source: str,
     split: str | None,

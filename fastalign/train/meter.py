@@ -166,6 +166,12 @@ class Meter:
             self._mark = self._now()  # the measurement is no part of the run
         return self._peak
 
+    def absorb(self, other: Meter) -> None:
+        """Adds what another meter counted by phase, before the run began: labelling its data."""
+        for name, cost in other.totals.items():
+            if name != "other":
+                self.totals.setdefault(name, Cost()).add(cost)
+
     def skip(self) -> None:
         """What passed since the last phase is no step's: reading a checkpoint."""
         self._spend(self._phase)

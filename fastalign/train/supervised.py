@@ -181,6 +181,9 @@ class Supervised:
 
     # --- what methods override --------------------------------------------------------------------
 
+    def begin(self, run: Run, new: bool) -> None:
+        """Once, before the first step; `new` is not a resumed run."""
+
     def backward(
         self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -237,6 +240,7 @@ class Supervised:
         self.policy.train()
         with Run(config, self.name, total) as run:
             start = run.restore(self.stateful())
+            self.begin(run, start == 0)
             if start == 0 and self.held_out.examples:
                 with run.meter.phase("evaluate"):
                     run.log(0, "eval", self.evaluate())
