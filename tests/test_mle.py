@@ -37,7 +37,7 @@ def kept(rewards, keep):
         ([0.0, 1.0, 0.0, 0.0], 0.5, [1]),  # ties below the best stay out together
         ([1.0, 1.0, 1.0, 0.0], 0.5, []),  # ... and so do the best
         ([3.0, 2.0], 0.3, []),
-        ([1.0] * 7 + [2.0] * 3, 0.3, [7, 8, 9]),  # 0.3 * 10 is 3, whatever floats say
+        ([float(i) for i in range(100)], 0.29, list(range(71, 100))),  # 0.29 * 100 < 29 in floats
     ],
 )
 def test_a_share_of_all(rewards, keep, expected):
