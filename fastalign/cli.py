@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train apa": ("fastalign.train.apa", "APAConfig", "train"),
     "train mle": ("fastalign.train.mle", "MLEConfig", "train"),
     "train rwr": ("fastalign.train.rwr", "RWRConfig", "train"),
+    "train dpo": ("fastalign.train.dpo", "DPOConfig", "train"),
     "report": ("fastalign.report.command", "ReportConfig", "run"),
 }
 ABOUT = {
@@ -35,6 +36,7 @@ ABOUT = {
     "train apa": "Advantage-Induced Policy Alignment against a reward ensemble",
     "train mle": "fine-tuning on the responses with the highest rewards",
     "train rwr": "fine-tuning on all responses, weighted by their rewards",
+    "train dpo": "a policy from preferences: DPO and its variants, SimPO, KTO",
     "report": "write report.html of a run",
 }
 

@@ -38,12 +38,18 @@ DUPLICATE = "prompt seen before"
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to one prompt, the better one first; ``source`` is "file.jsonl:12"."""
+    """Two responses to one prompt, the better one first; ``source`` is "file.jsonl:12".
+
+    ``margin`` says by how much it is better and ``chosen_is_ref`` whether it, and not the other,
+    was sampled from the reference policy, where the data say so.
+    """
 
     prompt: Text
     chosen: Text
     rejected: Text
     source: str
+    margin: float | None = None
+    chosen_is_ref: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,9 @@ def read_preferences(
         except _Unusable as why:
             report.drop(str(why), where)
         else:
-            pairs.append(Preference(prompt, chosen, rejected, where))
+            margin = _number(record, "margin", where)
+            is_ref = flag_of(record, "chosen_is_ref", where)
+            pairs.append(Preference(prompt, chosen, rejected, where, margin, is_ref))
     return _finish(pairs, report), report
 
 
@@ -360,19 +368,32 @@ def _prompt_of(record: dict[str, Any], where: str) -> tuple[Text, bool]:
 def _reward(record: dict[str, Any], where: str, required: bool) -> float | None:
     # A score that nobody asked for may be anything: another's rating, a grade in letters.
     name = "score" if required and record.get("reward") is None else "reward"
+    value = _number(record, name, where)
+    if required and value is None:
+        raise DataError(
+            f"{where}: reward is missing: give the data a number reward or score (fastalign "
+            "score writes them), or label them with --reward"
+        )
+    return value
+
+
+def _number(record: dict[str, Any], name: str, where: str) -> float | None:
     value = record.get(name)
     if value is None:
-        if required:
-            raise DataError(
-                f"{where}: reward is missing: give the data a number reward or score (fastalign "
-                "score writes them), or label them with --reward"
-            )
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DataError(f"{where}: {name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise DataError(f"{where}: {name} must be finite, got {value}")
     return float(value)
+
+
+def flag_of(record: dict[str, Any], key: str, where: str) -> bool | None:
+    """A record's true or false; None where it has none."""
+    value = record.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise DataError(f"{where}: {key} must be true or false, got {value!r}")
+    return value
 
 
 __all__ = [

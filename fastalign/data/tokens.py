@@ -37,6 +37,8 @@ class TokenizedPreference:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    margin: float | None = None
+    chosen_is_ref: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def tokenize_preferences(
         if not _prompt_fits(prompt, limit, record.source, report):
             continue
         room = max_length - len(prompt)
-        pair = TokenizedPreference(prompt, good[:room], bad[:room])
+        pair = TokenizedPreference(
+            prompt, good[:room], bad[:room], record.margin, record.chosen_is_ref
+        )
         if pair.chosen == pair.rejected:
             report.drop(EQUAL_AFTER_CUT, record.source)
             continue

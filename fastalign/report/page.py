@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastalign.report import preference
 from fastalign.report.compare import comparison_rows, number, sentences
 from fastalign.report.markup import duration, last_step, method_of, missing, safe
 from fastalign.report.read import Road, Run, seeds
@@ -47,7 +48,10 @@ def render(road: Road) -> str:
     """The whole HTML document."""
     policy, reward, sft = road.policy, road.reward, road.sft
     parts: list[tuple[str, str, str]] = []
-    if policy is not None:
+    from_pairs = policy is not None and preference.learned_from_pairs(policy)
+    if policy is not None and from_pairs:
+        parts += preference.sections(policy)
+    elif policy is not None:
         parts += policy_sections(policy)
     elif road.is_road:
         parts.append(("policy", "Policy", missing("No policy run yet: no apa/metrics.jsonl.")))
@@ -59,7 +63,7 @@ def render(road: Road) -> str:
         words = missing("No SFT run: no sft/metrics.jsonl.")
         html = words if sft is None else sft_section(sft)
         parts.append(("sft", "Supervised fine-tuning", html))
-    if policy is not None:
+    if policy is not None and not from_pairs:
         parts.append(("samples", "Samples", samples_section(policy)))
     parts.append(("configuration", "Configuration", _configuration(road)))
     parts.append(("repeat", "Machine and how to repeat", _repeat(road)))
@@ -87,7 +91,8 @@ def _top(road: Road) -> str:
     what = method_of(lead) if lead is policy else {"sft": "SFT"}.get(lead.kind, "reward model")
     html = f'<div class="kicker"><span><b>{safe(road.name)}</b> · {safe(what)}</span>'
     html += f"<span>{day}</span></div>"
-    if policy is not None and policy.evaluation is None:
+    unfinished = policy is not None and policy.evaluation is None
+    if policy is not None and unfinished and not preference.learned_from_pairs(policy):
         html += (
             '<p class="banner"><b>This run is not finished:</b> evaluation.json is missing. What'
             f" follows comes from the training log up to step {last_step(policy)}.</p>"
@@ -106,6 +111,8 @@ def _opening(road: Road) -> list[str]:
     if road.policy is not None:
         if road.policy.evaluation is not None:
             return sentences(road.policy.evaluation)
+        if preference.learned_from_pairs(road.policy):
+            return [preference.opening(road.policy)]
         return [_so_far(road.policy)]
     if road.reward is not None:
         steps, accuracy = road.reward.finite("accuracy", "eval")

@@ -232,6 +232,34 @@ def reward_curves(run: Run) -> Plot:
     )
 
 
+def preference_curves(run: Run) -> Plot:
+    return _train_and_held_out("preference-loss", run, "loss / example", "<b>Preference loss.</b>")
+
+
+def implicit_rewards(run: Run) -> Plot:
+    lines = recorded(
+        run, Line("rewards/chosen", "chosen", GREEN), Line("rewards/rejected", "rejected", RED)
+    )
+
+    def draw() -> Figure:
+        figure, axes = grid(HALF, 2.7, 1, 1)
+        draw_lines(axes[0], run, lines, "implicit reward, mean")
+        return figure
+
+    words = "<b>Implicit rewards</b> of the training responses." + smoothing(run)
+    return plot("rewards", words, draw, lines, "rewards/chosen, rewards/rejected", HALF)
+
+
+def preference_health(run: Run) -> Plot:
+    panels = [
+        (Line("drift/k3", "", PURPLE), "Drift (k3)", "nats / token of the data"),
+        (Line("entropy", "", BLUE), "Entropy", "nats / token"),
+        (Line("grad_norm", "", MUTED), "Gradient norm", "before clipping"),
+    ]
+    words = "<b>Drift, entropy and gradient.</b>" + smoothing(run)
+    return _small_multiples("preference-health", run, panels, words, "drift/k3, entropy")
+
+
 def sft_curves(run: Run) -> Plot:
     return _train_and_held_out(
         "sft-loss",

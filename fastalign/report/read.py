@@ -170,7 +170,9 @@ def _is_run(path: Path) -> bool:
 
 def _kind(lines: dict[str, dict[int, dict[str, float]]], evaluation: dict[str, Any] | None) -> str:
     keys = {key for rows in lines.values() for row in rows.values() for key in row}
-    if evaluation is not None or any(key.startswith(("reward/", "kl/")) for key in keys):
+    if evaluation is not None or any(
+        key.startswith(("reward/", "rewards/", "kl/")) for key in keys
+    ):
         return "policy"
     if "accuracy" in keys:
         return "reward"

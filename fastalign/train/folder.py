@@ -5,6 +5,7 @@ run folder/
   metrics.jsonl    one JSON object a line
   checkpoints/     step-000100/ ...
   accounting.json  what it cost by phase, written when it ends or is stopped
+  reference/       log-probs of the reference, of methods that keep them
   model/           what came out, written at the end
 """
 
@@ -55,7 +56,7 @@ def claim_folder(folder: Path, *, overwrite: bool, reuse: bool = False) -> None:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether this is the folder of a run that was stopped before its first checkpoint."""
-    begun = {"config.yaml", "metrics.jsonl", "accounting.json", "checkpoints"}
+    begun = {"config.yaml", "metrics.jsonl", "accounting.json", "checkpoints", "reference"}
     visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     return visible <= begun and not any(
         path.name.startswith(("step-", ".step-")) and not path.name.endswith(".partial")

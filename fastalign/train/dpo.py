@@ -1,0 +1,383 @@
+"""Preference training without a reward model: DPO and its relatives, on pairs or single responses.
+
+    L = 1/E sum over examples of loss(log pi(y_w | x), log pi(y_l | x), log ref(...))
+
+fastalign/losses/preference.py has the formulas. Chosen and rejected of a pair lie side by side in
+one pack, and the loss head keeps them in one slab: no padding, and no logits tensor. The reference
+is the policy as it was at the beginning; its log-probs are those of fixed responses, so they are
+computed once (or anew in every step, which takes no storage).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign import ops
+from fastalign.data import source
+from fastalign.data.packing import Packed, epochs_of_batches, token_budget_batches
+from fastalign.losses import KTO
+from fastalign.losses.preference import PreferenceLoss
+from fastalign.models import Policy, load_tokenizer
+from fastalign.models.flops import forward_flops, training_flops
+from fastalign.train.optim import Optimizer
+from fastalign.train.preference_data import Examples, load_examples
+from fastalign.train.preference_variants import OPTIONS, preference_loss, reference_mode
+from fastalign.train.reference import logprobs, precompute, ref_logprobs
+from fastalign.train.run import (
+    Run,
+    RunError,
+    Stateful,
+    autocast,
+    begin,
+    check_context,
+)
+from fastalign.train.same_run import Inputs
+from fastalign.train.setup import load_policy
+from fastalign.train.supervised import SupervisedConfig
+
+log = logging.getLogger("fastalign")
+
+
+@dataclass
+class DPOConfig(SupervisedConfig):
+    """Train a policy on preferences: DPO and its variants, SimPO, KTO."""
+
+    output: str = "runs/dpo"
+    """Folder of the run; the model is written to OUTPUT/model."""
+    model: str = "runs/sft/model"
+    """What the policy starts from, and its reference: an SFT model's or any folder, or a hub id."""
+    data: str = "synthetic"
+    """Preference pairs, for kto also single responses with labels: JSONL(.gz), Parquet, a folder, a
+    hub id, or synthetic."""
+    epochs: int = 1
+    """Passes over the data."""
+    batch_tokens: int = 8192
+    """Tokens of one optimizer step, prompts and both responses counted."""
+    lr: float = 1e-4
+    """Peak learning rate (1e-4 suits small models; 5e-7 to 5e-6 large ones)."""
+    loss: str = "sigmoid"
+    """sigmoid (DPO), robust, hinge, ipo, hdpo, rdpo, rpo, xpo, simpo or kto."""
+    beta: float | None = None
+    """Strength of the reward: by default 0.1, simpo 2."""
+    label_smoothing: float | None = None
+    """Of sigmoid (then cDPO), robust, hdpo, rdpo, simpo: the chance that a label is wrong."""
+    average: bool | None = None
+    """Of sigmoid, robust, hinge, ipo, hdpo, rdpo: rewards from means over tokens, not sums."""
+    alpha: float | None = None
+    """Of hdpo: the entropy's weight (below 1 sharpens); of xpo: the optimism, by default 1e-5."""
+    length_coef: float | None = None
+    """Of rdpo: added to the reward per token of a response."""
+    eta: float | None = None
+    """Of rpo: weight of the chosen response's likelihood, by default 0.005 (mean: try 0.2)."""
+    nll: str | None = None
+    """Of rpo: sum (times beta, the default) or mean."""
+    gamma: float | None = None
+    """Of simpo: the target margin in units of the reward, by default 1."""
+    desirable_weight: float | None = None
+    """Of kto, by default 1."""
+    undesirable_weight: float | None = None
+    """Of kto, by default 1."""
+    kl_baseline: str | None = None
+    """Of kto: strangers (the default: the mean of log pi - log ref over responses to other prompts,
+    one more forward pass each) or zero."""
+    reference: str | None = None
+    """precompute (the default: once, before training), live (in every step, with a copy of the
+    model), or none (simpo)."""
+    reference_cache: str | None = None
+    """Folder of the precomputed log-probs, by default OUTPUT/reference; runs may share one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.loss_object()
+        except ValueError as error:
+            raise RunError(f"--loss {self.loss}: {error}") from error
+        if self.reference_mode() != "precompute" and self.reference_cache is not None:
+            raise RunError("--reference_cache does not go without --reference precompute")
+        if self.kl_baseline not in (None, "strangers", "zero"):
+            raise RunError(f"unknown kl_baseline {self.kl_baseline!r}: expected strangers or zero")
+
+    def loss_object(self) -> PreferenceLoss:
+        return preference_loss(self.loss, {name: getattr(self, name) for name in OPTIONS})
+
+    def reference_mode(self) -> str:
+        return reference_mode(self.loss, self.reference)
+
+    @property
+    def strangers(self) -> bool:
+        return self.loss == "kto" and self.kl_baseline != "zero"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one forward pass reads: some examples in a pack, and what the loss takes of them."""
+
+    chosen: list[int]
+    packed: Packed
+    bounds: Tensor
+    """int64 [S + 1], where each response starts among the targets that count."""
+    inputs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The policy, what it is compared with, and the loss."""
+
+    policy: Policy
+    reference: Policy | None
+    """None: its log-probs are stored, or there is none."""
+    loss: PreferenceLoss
+    config: DPOConfig
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.head_weight.device
+
+    def parts(self, examples: Examples, batch: list[int], z0: Tensor | None) -> list[Part]:
+        """The forward passes of a batch."""
+        found = []
+        lengths = [examples.lengths[i] for i in batch]
+        for micro in token_budget_batches(lengths, self.config.micro_tokens):
+            chosen = [batch[i] for i in micro]
+            rows = examples.rows(chosen)
+            packed = examples.responses.pack(rows).to(self.device)
+            inputs = dict[str, Any]()
+            if "ref_logp" in self.loss.required:
+                inputs["ref_logp"] = ref_logprobs(
+                    self.reference, examples.responses, rows, packed, self.config.dtype
+                )
+            if self.loss.flags_name is not None:
+                assert examples.flags is not None
+                inputs[self.loss.flags_name] = examples.flags[chosen].to(self.device)
+            if z0 is not None:
+                inputs["z0"] = z0
+            found.append(Part(chosen, packed, examples.responses.bounds(rows), inputs))
+        return found
+
+    def forward(self, part: Part, normalizer: int) -> tuple[ops.LossOutput, Tensor]:
+        """The sum of the examples' losses over the normalizer, and the hidden states."""
+        with autocast(self.device, self.config.dtype):
+            hidden = self.policy.response_hidden(part.packed)
+            out = ops.linear_loss(
+                hidden,
+                self.policy.head_weight.to(hidden.dtype),
+                part.packed.response_targets,
+                self.loss,
+                part.inputs,
+                bias=self.policy.head_bias,
+                softcap=self.policy.softcap,
+                ignore_index=None,
+                groups=part.bounds,
+                normalizer=normalizer,
+            )
+        return out, hidden
+
+    def baseline(self, examples: Examples, batch: list[int]) -> Tensor | None:
+        """KTO's z0 from the strangers of a whole batch, 0-d; None for other losses."""
+        if not isinstance(self.loss, KTO):
+            return None
+        strangers = examples.strangers
+        if strangers is None:
+            return torch.zeros((), device=self.device)
+        ours, theirs = [], []
+        lengths = [strangers.lengths[i] for i in batch]
+        for micro in token_budget_batches(lengths, self.config.micro_tokens):
+            rows = [batch[i] for i in micro]
+            packed = strangers.pack(rows).to(self.device)
+            ours.append(logprobs(self.policy, packed, self.config.dtype))
+            theirs.append(ref_logprobs(self.reference, strangers, rows, packed, self.config.dtype))
+        return KTO.baseline(torch.cat(ours), torch.cat(theirs), len(batch))
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether a step makes passes beside the policy's own."""
+        return self.reference is not None or self.config.strangers
+
+    def reference_flops(self, examples: Examples, rows: list[int]) -> float:
+        """Of these passes: the reference's, and the policy's over strangers."""
+        found = 0.0
+        for responses in (examples.responses, examples.strangers):
+            if responses is not None:
+                size = responses.size(rows)
+                if self.reference is not None:
+                    found += forward_flops(self.reference, *size)
+                if responses is examples.strangers:
+                    found += forward_flops(self.policy, *size)
+        return found
+
+
+class Means:
+    """Means over a batch from the means over its parts."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, mean: Tensor, count: int) -> None:
+        if count:
+            self.sums[name] = self.sums.get(name, 0.0) + mean.double() * count
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def metrics(self) -> dict[str, float]:
+        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+
+
+def statistics(means: Means, out: ops.LossOutput, examples: Examples, part: Part) -> None:
+    """Adds what people log of a part of a batch.
+
+    Rewards and log-probs are means over examples (KTO: over the desirable, "chosen", and over the
+    others). "drift/k1" and "drift/k3" are estimates of a KL in nats per token, but over responses
+    that the policy did not sample: how far it has moved on the data. "entropy" in nats per token.
+    """
+    n_tokens = out.logp.numel()
+    desirable = None
+    if examples.per_example == 1:
+        assert examples.flags is not None
+        desirable = int(examples.flags[part.chosen].sum())
+    for name, mean in out.metrics.items():
+        if name.startswith(("rewards/", "logps/")):
+            count = len(part.chosen)
+            if desirable is not None:
+                count = desirable if name.endswith("/chosen") else count - desirable
+            means.add(name, mean, count)
+    means.add("entropy", out.metrics["entropy"], n_tokens)
+    for kind in ("k1", "k3"):
+        if f"ref_{kind}" in out.metrics:
+            means.add(f"drift/{kind}", out.metrics[f"ref_{kind}"], n_tokens)
+
+
+@torch.no_grad()
+def evaluate(trainee: Trainee, examples: Examples) -> dict[str, float]:
+    """Held-out loss, rewards and their margin, and of pairs the accuracy with a 95 % interval.
+
+    Accuracy: the share of pairs whose chosen response has the larger implicit reward.
+    """
+    trainee.policy.eval()
+    everything = list(range(len(examples)))
+    total, parts = 0.0, list[dict[str, Tensor]]()
+    for part in trainee.parts(examples, everything, trainee.baseline(examples, everything)):
+        out, _ = trainee.forward(part, len(examples))
+        total += float(out.loss)
+        bounds = part.bounds.to(trainee.device)
+        parts.append(trainee.loss.statistics(out.logp, cu_seqlens=bounds, **part.inputs))
+    trainee.policy.train()
+    found = {name: torch.cat([part[name] for part in parts]).double() for name in parts[0]}
+    metrics = {"loss": total}
+    metrics |= {name: float(x.nanmean()) for name, x in found.items() if not x.isnan().all()}
+    right = found.get("rewards/accuracies")
+    if examples.split:
+        right = (found["rewards/chosen"][0::2] > found["rewards/rejected"][1::2]).double()
+    if right is not None:
+        p = float(right.mean())
+        metrics["rewards/accuracies"] = p
+        metrics["rewards/accuracies_ci95"] = 1.96 * math.sqrt(max(p * (1 - p), 1e-12) / len(right))
+    if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
+def load_data(
+    config: DPOConfig, tokenizer: Any, loss: PreferenceLoss
+) -> tuple[Examples, Examples | None]:
+    """Training and held-out examples."""
+    form: dict[str, Any] = {"max_length": config.max_length, "strangers": config.strangers}
+    records, train = load_examples(
+        loss, tokenizer, (config.data, config.split, config.lines, config.limit), **form
+    )
+    held_source = source.held_out(
+        config.data, config.eval_data, config.eval_split, config.eval_lines
+    )
+    if held_source is None:
+        return train, None
+    held = (held_source, config.eval_split, config.eval_lines, config.eval_limit)
+    held_records, test = load_examples(loss, tokenizer, held, held_out=True, **form)
+    source.warn_of_overlap(records, held_records)
+    return train, test
+
+
+def warn_of_imbalance(loss: PreferenceLoss, examples: Examples) -> None:
+    """KTO's paper wants the desirable responses' whole weight in 1 to 4/3 of the others'."""
+    if not isinstance(loss, KTO):
+        return
+    assert examples.flags is not None
+    good = int(examples.flags.sum())
+    bad = len(examples) - good
+    weighted = loss.desirable_weight * good, loss.undesirable_weight * bad
+    if not weighted[1] <= weighted[0] <= 4 / 3 * weighted[1]:
+        log.warning(
+            "kto: %d desirable and %d undesirable responses weigh %g and %g together; the first is "
+            "best in 1 to 4/3 of the second: see --desirable_weight and --undesirable_weight",
+            *(good, bad, *weighted),
+        )
+
+
+def train(config: DPOConfig) -> Path:
+    """Trains the policy; the folder of the model."""
+    device = begin(config)
+    loss = config.loss_object()
+    tokenizer = load_tokenizer(config.model)
+    examples, held_out = load_data(config, tokenizer, loss)
+    warn_of_imbalance(loss, examples)
+    policy = load_policy(
+        config, config.model, tokenizer, max_length=config.max_length, device=device
+    )
+    check_context(config.max_length, policy.max_length, config.model)
+    reference = policy.frozen_copy() if config.reference_mode() == "live" else None
+    policy.train()
+    trainee = Trainee(policy, reference, loss, config)
+
+    schedule = epochs_of_batches(examples.lengths, config.epochs, config.batch_tokens, config.seed)
+    optimizer = Optimizer(config, policy, len(schedule))
+    with Run(config, "dpo", len(schedule)) as run:
+        if config.reference_mode() == "precompute":
+            found = [e for e in (examples, held_out) if e is not None]
+            sets = [s for e in found for s in (e.responses, e.strangers) if s is not None]
+            cache = Path(config.reference_cache or run.folder / "reference")
+            precompute(policy, sets, cache, config.dtype, config.micro_tokens, run.meter)
+            run.meter.skip()  # no step's
+        inputs = Inputs(data=examples.responses.items, start=policy)
+        others = {"optimizer": optimizer, "inputs": inputs}
+        start = run.restore(Stateful({"policy": policy}, others))
+        if start == 0 and held_out is not None:
+            with run.meter.phase("evaluate"):
+                run.log(0, "eval", evaluate(trainee, held_out))
+        for step in range(start + 1, len(schedule) + 1):
+            batch = schedule[step - 1]
+            rows = examples.rows(batch)
+            with run.meter.phase("reference" if trainee.looks_up else "update"):
+                z0 = trainee.baseline(examples, batch)
+                parts = trainee.parts(examples, batch, z0)
+                run.meter.count(flops=trainee.reference_flops(examples, rows))
+            with run.meter.phase("update"):
+                means, total = Means(), torch.zeros((), device=device)
+                for part in parts:
+                    out, hidden = trainee.forward(part, len(batch))
+                    out.loss.backward()
+                    total += out.loss.detach()
+                    statistics(means, out, examples, part)
+                metrics = {"loss": float(total)} | means.metrics()
+                if z0 is not None:
+                    metrics["kl_baseline"] = float(z0)
+                metrics |= optimizer.update(run, step, total, {"hidden states": hidden})
+                optimizer.next_step()
+                lengths, n_trained = examples.responses.size(rows)
+                run.meter.count(
+                    sum(lengths),
+                    trained=n_trained,
+                    flops=training_flops(policy, lengths, n_trained),
+                )
+            run.log(step, "train", metrics | run.meter.metrics())
+            if held_out is not None and (step % config.eval_every == 0 or step == len(schedule)):
+                with run.meter.phase("evaluate"):
+                    run.log(step, "eval", evaluate(trainee, held_out))
+            run.end_step(step)
+        with run.saving_model() as folder:
+            policy.save(folder, tokenizer)
+    return run.folder / "model"
