@@ -27,6 +27,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train mle": ("fastalign.train.mle", "MLEConfig", "train"),
     "train rwr": ("fastalign.train.rwr", "RWRConfig", "train"),
     "train dpo": ("fastalign.train.dpo", "DPOConfig", "train"),
+    "generate": ("fastalign.commands.generate", "GenerateConfig", "run"),
+    "evaluate": ("fastalign.commands.evaluate", "EvaluateConfig", "run"),
+    "bestofn": ("fastalign.commands.bestofn", "BestOfNConfig", "run"),
     "report": ("fastalign.report.command", "ReportConfig", "run"),
 }
 ABOUT = {
@@ -37,6 +40,9 @@ ABOUT = {
     "train mle": "fine-tuning on the responses with the highest rewards",
     "train rwr": "fine-tuning on all responses, weighted by their rewards",
     "train dpo": "a policy from preferences: DPO and its variants, SimPO, KTO",
+    "generate": "a model's answers to prompts, as JSON lines",
+    "evaluate": "a model beside a baseline: rewards, win rate, KL, length, diversity",
+    "bestofn": "keep the best of N answers, and what every n up to N would give",
     "report": "write report.html of a run",
 }
 
