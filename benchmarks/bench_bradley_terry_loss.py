@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import Run, arguments, medians, report, share
+from benchmarks.timing import Run, arguments, report, share, timings
 from fastalign.ops import bradley_terry_loss
 
 SHAPES = [(64, 5), (1024, 5), (4096, 16), (65_536, 16)]
@@ -74,7 +74,9 @@ def bench(pairs: int, heads: int, options: Any, n_cases: int) -> list[dict[str, 
             "fastalign": form(fused, counts),
             **{name: form(f, counts) for name, f in rivals.items()},
         }
-        taken = medians(runs, device, options.repeats, share(options, n_cases))
+        for run in runs.values():
+            run()
+        taken = timings(runs, device, options.repeats, share(options, n_cases))
         rows += [
             {
                 "B": pairs,
@@ -82,11 +84,14 @@ def bench(pairs: int, heads: int, options: Any, n_cases: int) -> list[dict[str, 
                 "pairs": "all" if counts is None else "bootstrap",
                 "pass": what,
                 "what": name,
-                "us": 1e6 * seconds,
+                "us": 1e6 * seconds.median,
+                "q1 us": 1e6 * seconds.low,
+                "q3 us": 1e6 * seconds.high,
+                "rounds": seconds.rounds,
                 "minimal MB": moved / 1e6,
-                "GB/s": moved / seconds / 1e9,
-                "of ceiling": taken["copy (ceiling)"] / seconds,
-                "this / fastalign": seconds / taken["fastalign"],
+                "GB/s": moved / seconds.median / 1e9,
+                "of ceiling": taken["copy (ceiling)"].median / seconds.median,
+                "this / fastalign": seconds.median / taken["fastalign"].median,
             }
             for name, seconds in taken.items()
         ]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Run, arguments, medians, report, share
+from benchmarks.timing import Run, arguments, report, share, timings
 from fastalign.ops import kl_estimate
 
 SHAPES = [(16_384,), (262_144,), (4_194_304,)]
@@ -67,18 +67,23 @@ def bench(n: int, kind: str, options: Any, n_cases: int) -> list[dict[str, Any]]
             "fastalign": form(fused),
             **{name: form(f) for name, f in rivals.items()},
         }
-        taken = medians(runs, device, options.repeats, share(options, 2 * n_cases))
+        for run in runs.values():
+            run()
+        taken = timings(runs, device, options.repeats, share(options, 2 * n_cases))
         rows += [
             {
                 "N": n,
                 "kind": kind,
                 "pass": what,
                 "what": name,
-                "us": 1e6 * time,
+                "us": 1e6 * time.median,
+                "q1 us": 1e6 * time.low,
+                "q3 us": 1e6 * time.high,
+                "rounds": time.rounds,
                 "minimal MB": moved / 1e6,
-                "GB/s": moved / time / 1e9,
-                "of copy speed": taken["copy (ceiling)"] / time,
-                "this / fastalign": time / taken["fastalign"],
+                "GB/s": moved / time.median / 1e9,
+                "of copy speed": taken["copy (ceiling)"].median / time.median,
+                "this / fastalign": time.median / taken["fastalign"].median,
             }
             for name, time in taken.items()
         ]

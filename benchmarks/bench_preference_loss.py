@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers import Peer, compiled, load
-from benchmarks.timing import Run, arguments, medians, report, share
+from benchmarks.timing import Run, arguments, report, share, timings
 from fastalign.losses import DPO
 from fastalign.ops import preference_loss
 
@@ -145,7 +145,9 @@ def bench(
         spare = torch.zeros(2, moved // 2, dtype=torch.uint8, device=device)
         runs: dict[str, Run] = {"copy (ceiling)": partial(torch.Tensor.copy_, *spare)}
         runs |= {name: form(f) for name, f in candidates.items()}
-        taken = medians(runs, device, options.repeats, share(options, n_cases))
+        for run in runs.values():
+            run()
+        taken = timings(runs, device, options.repeats, share(options, n_cases))
         rows += [
             {
                 "P": pairs,
@@ -153,11 +155,14 @@ def bench(
                 "tokens": n,
                 "pass": what,
                 "what": name,
-                "us": 1e6 * seconds,
+                "us": 1e6 * seconds.median,
+                "q1 us": 1e6 * seconds.low,
+                "q3 us": 1e6 * seconds.high,
+                "rounds": seconds.rounds,
                 "minimal MB": moved / 1e6,
-                "GB/s": moved / seconds / 1e9,
-                "of ceiling": taken["copy (ceiling)"] / seconds,
-                "this / fastalign": seconds / taken["fastalign"],
+                "GB/s": moved / seconds.median / 1e9,
+                "of ceiling": taken["copy (ceiling)"].median / seconds.median,
+                "this / fastalign": seconds.median / taken["fastalign"].median,
                 "error": errors.get(name),
             }
             for name, seconds in taken.items()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_whiten import of_unequal_length
-from benchmarks.timing import Run, arguments, medians, report, share
+from benchmarks.timing import Run, arguments, report, share, timings
 from fastalign.ops import token_rewards
 
 SHAPES = [(64, 512), (256, 1024), (1024, 4096)]
@@ -101,18 +101,23 @@ def bench(rows: int, steps: int, task: str, options: Any, n_cases: int) -> list[
     }
     if "compile" not in options.without:
         runs["plain, compiled"] = partial(torch.compile(plain, dynamic=False), *args)
-    taken = medians(runs, device, options.repeats, share(options, n_cases))
+    for run in runs.values():
+        run()
+    taken = timings(runs, device, options.repeats, share(options, n_cases))
     return [
         {
             "B": rows,
             "T": steps,
             "task": task,
             "what": name,
-            "us": 1e6 * time,
+            "us": 1e6 * time.median,
+            "q1 us": 1e6 * time.low,
+            "q3 us": 1e6 * time.high,
+            "rounds": time.rounds,
             "minimal MB": size / 1e6,
-            "GB/s": size / time / 1e9,
-            "of copy speed": taken["copy (ceiling)"] / time,
-            "this / fastalign": time / taken["fastalign"],
+            "GB/s": size / time.median / 1e9,
+            "of copy speed": taken["copy (ceiling)"].median / time.median,
+            "this / fastalign": time.median / taken["fastalign"].median,
         }
         for name, time in taken.items()
     ]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 SIZES = ("N", "H", "V", "rows", "steps", "K", "B")
-ABSOLUTE = ("ms", "us", "q1 ms", "q3 ms", "TFLOP/s", "GFLOP/s", "GB/s")
-LEFT_OUT = ("rounds", "minimal MB", "of", "GB")
+ABSOLUTE = ("ms", "us", "q1 ms", "q3 ms", "q1 us", "q3 us", "TFLOP/s", "GFLOP/s", "GB/s")
+LEFT_OUT = ("rounds", "minimal MB", "MB", "of", "GB")
 
 
 def by_shape(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
