@@ -12,6 +12,8 @@
 #include <tuple>
 #include <vector>
 
+#include "direct.h"
+
 #define FASTALIGN_ROWS "bradley_terry_loss_cells.h"
 #include "common.h"
 
@@ -42,8 +44,8 @@ struct Pairs {
 
 // Calls f with a value of the scores' type.
 template <typename F>
-void with_type(const Tensor& scores, const F& f) {
-  switch (scores.scalar_type()) {
+void with_type(ScalarType scores, const F& f) {
+  switch (scores) {
     case ScalarType::Float:
       return f(float{});
     case ScalarType::BFloat16:
@@ -55,10 +57,10 @@ void with_type(const Tensor& scores, const F& f) {
   }
 }
 
-// Calls f with a value of the counts' type; of any type where there are none.
+// Calls f with a value of the counts' type.
 template <typename F>
-void with_counts(const std::optional<Tensor>& mask, const F& f) {
-  switch (mask ? mask->scalar_type() : ScalarType::Bool) {
+void with_counts(ScalarType counts, const F& f) {
+  switch (counts) {
     case ScalarType::Bool:
       return f(uint8_t{});
     case ScalarType::Int:
@@ -135,6 +137,18 @@ double loss_and_dgap(const Pairs& pairs, const std::vector<float>& weight, float
   return loss;
 }
 
+// The loss, and dL/dgap to `dgap`. `counts` is any type where there are none; totals may be null.
+float loss_of_pairs(const Pairs& pairs, ScalarType scores, ScalarType counts, const float* totals, float* dgap) {
+  double sum = 0.0;
+  with_counts(counts, [&](auto count) {
+    using Count = decltype(count);
+    const std::vector<float> weight =
+        totals ? weights(pairs, totals) : weights(pairs, kept<Count>(pairs).data());
+    with_type(scores, [&](auto zero) { sum = loss_and_dgap<decltype(zero), Count>(pairs, weight, dgap); });
+  });
+  return static_cast<float>(sum);
+}
+
 std::tuple<Tensor, Tensor> bradley_terry_loss_cpu(const Tensor& chosen_in, const Tensor& rejected_in,
                                                   const std::optional<Tensor>& margin_in, double offset,
                                                   const std::optional<Tensor>& mask_in,
@@ -160,20 +174,31 @@ std::tuple<Tensor, Tensor> bradley_terry_loss_cpu(const Tensor& chosen_in, const
                     margin ? margin->size(1) : 0,
                     static_cast<float>(offset),
                     static_cast<float>(label_smoothing)};
-  double sum = 0.0;
-  with_counts(mask, [&](auto count) {
-    using Count = decltype(count);
-    const std::vector<float> weight = totals ? weights(pairs, static_cast<const float*>(pointer(totals)))
-                                             : weights(pairs, kept<Count>(pairs).data());
-    with_type(chosen, [&](auto zero) {
-      sum = loss_and_dgap<decltype(zero), Count>(pairs, weight, static_cast<float*>(dgap.mutable_data_ptr()));
-    });
-  });
-  *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(sum);
+  *static_cast<float*>(loss.mutable_data_ptr()) =
+      loss_of_pairs(pairs, chosen.scalar_type(), mask ? mask->scalar_type() : ScalarType::Bool,
+                    static_cast<const float*>(pointer(totals)), static_cast<float*>(dgap.mutable_data_ptr()));
   return {loss, dgap};
 }
 
 }  // namespace
+
+// (dtype, chosen, rejected, margin, margin's columns, offset, head_mask's dtype, head_mask, totals, label_smoothing,
+// pairs, heads, loss, dgap)
+PyObject* fastalign::bradley_terry_loss_direct(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments in(given, count);
+  Pairs pairs{};
+  const ScalarType scores = in.dtype();
+  pairs.chosen = in.address<const char>(), pairs.rejected = in.address<const char>();
+  pairs.margin = in.address<const float>(), pairs.margin_columns = in.integer();
+  pairs.offset = static_cast<float>(in.number());
+  const ScalarType counts = in.dtype();
+  pairs.counts = in.address<const char>();
+  const float* totals = in.address<const float>();
+  pairs.label_smoothing = static_cast<float>(in.number());
+  pairs.n = in.integer(), pairs.heads = in.integer();
+  float *loss = in.address<float>(), *dgap = in.address<float>();
+  return in.finished([&] { *loss = loss_of_pairs(pairs, scores, counts, totals, dgap); });
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastalign_cpp, m) {
   m.def(

@@ -12,6 +12,8 @@
 #include <tuple>
 #include <vector>
 
+#include "direct.h"
+
 namespace fastalign {
 
 // In the order of KINDS, KLS and COLUMNS in fastalign/ops/policy_terms.py.
@@ -144,19 +146,36 @@ int64_t kept_tokens(const bool* mask, int64_t n) {
 }
 
 LossForm form_of(int64_t kind, int64_t kl, double scale, double lower, double upper, double most, double kl_coef,
-                 double entropy_coef, double vf_coef, double value_clip, double divisor) {
+                 double entropy_coef, double vf_coef, double value_clip) {
   const auto narrow = [](double x) { return static_cast<float>(x); };
   return {static_cast<LossKind>(kind), static_cast<KlKind>(kl), narrow(scale), narrow(lower), narrow(upper),
           narrow(most), narrow(kl_coef), narrow(entropy_coef), narrow(vf_coef), narrow(value_clip),
-          narrow(1.0 / divisor)};
+          1.0f};
 }
 
 Tensor floats_like(const Tensor& like, int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); }
 
 float* data(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-// total, statistics (sums of the first three columns, means of the others), dlogp, dentropy, dvalues, with sums (but the
-// count) and gradients over the divisor, 0 meaning the tokens that count; a gradient that nobody needs is empty.
+// The total and the statistics (sums of the first three columns, means of the others), with sums (but the count) and
+// gradients over the divisor, 0 meaning the tokens that count. Gradients go where `t` points.
+void loss_and_gradients(LossTokens t, LossForm form, const float* scale, int64_t n_scales, int64_t n, double divisor,
+                        float* total, float* statistics) {
+  if (divisor == 0.0) divisor = std::max<int64_t>(1, t.mask ? kept_tokens(t.mask, n) : n);
+  form.share = static_cast<float>(1.0 / divisor);
+  if (form.value_clip == 0.0f) t.old_values = nullptr;
+  const std::vector<double> sums = run(t, form, scale, n_scales, n);
+  // Divided as tensors would be afterwards: a caller that cannot give the divisor gets the same bits.
+  const float last = static_cast<float>(divisor);
+  *total = static_cast<float>(sums[fastalign::kPolicy] + form.vf_coef * sums[fastalign::kValue]) / last;
+  const double count = std::max(1.0, sums[fastalign::kCount]);
+  for (int64_t column = 0; column < kColumns; ++column) {
+    const float sum = static_cast<float>(column > fastalign::kCount ? sums[column] / count : sums[column]);
+    statistics[column] = column < fastalign::kCount ? sum / last : sum;
+  }
+}
+
+// total, statistics, dlogp, dentropy, dvalues; a gradient that nobody needs is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_cpu(
     int64_t kind, int64_t kl, double scale, double lower, double upper, double most, double kl_coef,
     double entropy_coef, double vf_coef, double value_clip, const Maybe& logp, const Maybe& entropy,
@@ -168,29 +187,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_cpu(
   const Tensor& like = in.leading();
   const int64_t n = like.numel();
   LossTokens t = in.tokens();
-  if (divisor == 0.0) divisor = std::max<int64_t>(1, t.mask ? kept_tokens(t.mask, n) : n);
-  const LossForm form =
-      form_of(kind, kl, scale, lower, upper, most, kl_coef, entropy_coef, vf_coef, value_clip, divisor);
+  const LossForm form = form_of(kind, kl, scale, lower, upper, most, kl_coef, entropy_coef, vf_coef, value_clip);
   Tensor dlogp = floats_like(like, t.logp ? n : 0);
   Tensor dentropy = floats_like(like, form.entropy_coef != 0.0f ? n : 0);
   Tensor dvalues = floats_like(like, t.values ? n : 0);
   t.dlogp = data(dlogp);
   t.dentropy = form.entropy_coef != 0.0f ? data(dentropy) : nullptr;
   t.dvalues = data(dvalues);
-  if (form.value_clip == 0.0f) t.old_values = nullptr;
-  const std::vector<double> sums =
-      run(t, form, Inputs::floats(in.scale), in.scale ? in.scale->numel() : 0, n);
-
   Tensor total = torch::stable::new_empty(like, {}, ScalarType::Float);
   Tensor statistics = floats_like(like, kColumns);
-  // Divided as tensors would be afterwards: a caller that cannot give the divisor gets the same bits.
-  const float last = static_cast<float>(divisor);
-  *data(total) = static_cast<float>(sums[fastalign::kPolicy] + vf_coef * sums[fastalign::kValue]) / last;
-  const double count = std::max(1.0, sums[fastalign::kCount]);
-  for (int64_t column = 0; column < kColumns; ++column) {
-    const float sum = static_cast<float>(column > fastalign::kCount ? sums[column] / count : sums[column]);
-    data(statistics)[column] = column < fastalign::kCount ? sum / last : sum;
-  }
+  loss_and_gradients(t, form, Inputs::floats(in.scale), in.scale ? in.scale->numel() : 0, n, divisor, data(total),
+                     data(statistics));
   return {total, statistics, dlogp, dentropy, dvalues};
 }
 
@@ -201,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_terms_cpu(
     const Maybe& ref_logp, const Maybe& weights) {
   const Maybe none;
   const Inputs in(logp, entropy, advantages, old_logp, ref_logp, weights, none, none, none, none, none, none);
-  const LossForm form = form_of(kind, kl, scale, lower, upper, most, kl_coef, entropy_coef, 0.0, 0.0, 1.0);
+  const LossForm form = form_of(kind, kl, scale, lower, upper, most, kl_coef, entropy_coef, 0.0, 0.0);
   const Tensor& like = in.leading();
   LossTokens t = in.tokens();
   Tensor losses = floats_like(like, like.numel()), dlogp = floats_like(like, like.numel());
@@ -214,6 +221,27 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_terms_cpu(
 }
 
 }  // namespace
+
+// (form, tokens of fastalign/ops/policy_terms.py, scales, tokens, divisor, total, statistics, dlogp, dentropy, dvalues)
+PyObject* fastalign::policy_loss_direct(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments in(given, count);
+  const int64_t kind = in.integer(), kl = in.integer();
+  double f[8];
+  for (double& x : f) x = in.number();
+  const LossForm form = form_of(kind, kl, f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]);
+  LossTokens t{};
+  for (const float** x : {&t.logp, &t.entropy, &t.advantages, &t.old_logp, &t.ref_logp, &t.weights, &t.log_ratio,
+                          &t.values, &t.returns, &t.old_values}) {
+    *x = in.address<const float>();
+  }
+  t.mask = in.address<const bool>();
+  const float* scale = in.address<const float>();
+  const int64_t n_scales = in.integer(), n = in.integer();
+  const double divisor = in.number();
+  float *total = in.address<float>(), *statistics = in.address<float>();
+  for (float** x : {&t.dlogp, &t.dentropy, &t.dvalues}) *x = in.address<float>();
+  return in.finished([&] { loss_and_gradients(t, form, scale, n_scales, n, divisor, total, statistics); });
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastalign_cpp, m) {
   m.def(

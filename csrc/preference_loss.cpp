@@ -14,6 +14,8 @@
 #include <tuple>
 #include <vector>
 
+#include "direct.h"
+
 #define FASTALIGN_ROWS "preference_loss_rows.h"
 #include "common.h"
 
@@ -101,12 +103,9 @@ Value kto_value(const Form& f, const Response& y, bool desirable, double z0) {
   return {y.count == 0.0 ? 0.0 : loss, slope, 0.0};
 }
 
-const int64_t* bounds_of(const Tensor& cu_seqlens, int64_t n_tokens) {
-  const int64_t* bounds = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
-  const int64_t sequences = cu_seqlens.size(0) - 1;
+void check_bounds(const int64_t* bounds, int64_t sequences, int64_t n_tokens) {
   STD_TORCH_CHECK(bounds[0] == 0 && bounds[sequences] == n_tokens && std::is_sorted(bounds, bounds + sequences + 1),
                   "preference_loss: expected cu_seqlens to rise from 0 to N = ", n_tokens);
-  return bounds;
 }
 
 // Runs work(sequence) for all sequences, several threads at once where there are enough tokens.
@@ -136,60 +135,52 @@ std::vector<Sums> sums_of(const void* logp, const void* ref_logp, const bool* ma
 
 Maybe dense(const Maybe& x) { return x ? Maybe(torch::stable::contiguous(*x)) : std::nullopt; }
 
-const void* pointer(const Maybe& x) { return x ? x->const_data_ptr() : nullptr; }
-
 Tensor floats(const Tensor& like, std::vector<int64_t> shape) {
   return torch::stable::new_empty(like, shape, ScalarType::Float);
 }
 
 float* data(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-std::tuple<Tensor, Tensor, Tensor> preference_loss_cpu(
-    int64_t kind, bool average, double gap, double extra, double length, double margin, double right, double wrong,
-    double nll_sum, double nll_mean, double optimism, const Tensor& logp_in, const Maybe& ref_in,
-    const Tensor& cu_seqlens_in, const Maybe& mask_in, const Maybe& flags_in, const Maybe& z0_in) {
-  const Form form{static_cast<Kind>(kind), average, gap, extra, length, margin, right, wrong, nll_sum, nll_mean,
-                  optimism};
-  const Tensor logp = torch::stable::contiguous(logp_in), cu_seqlens = torch::stable::contiguous(cu_seqlens_in);
-  const Maybe ref_logp = dense(ref_in), mask = dense(mask_in), flags = dense(flags_in);
-  const int64_t sequences = cu_seqlens.size(0) - 1;
-  const int64_t* bounds = bounds_of(cu_seqlens, logp.numel());
-  const bool* kept = static_cast<const bool*>(pointer(mask));
-  const bool* flag = static_cast<const bool*>(pointer(flags));
-  std::vector<Sums> sums;
-  const auto add_up = [&](auto zero) {
-    using T = decltype(zero);
-    sums = sums_of<T>(logp.const_data_ptr(), pointer(ref_logp), kept, bounds, sequences);
-  };
-  switch (logp.scalar_type()) {
+// What one call reads; null where absent.
+struct Batch {
+  ScalarType dtype;
+  const void *logp, *ref_logp;
+  const int64_t* bounds;
+  const bool *mask, *flags;
+  const float* z0;
+  int64_t sequences, n_tokens;
+};
+
+std::vector<Sums> sums_of(const Batch& b) {
+  switch (b.dtype) {
     case ScalarType::Float:
-      add_up(0.0f);
-      break;
+      return sums_of<float>(b.logp, b.ref_logp, b.mask, b.bounds, b.sequences);
     case ScalarType::BFloat16:
-      add_up(fastalign::Bfloat16{});
-      break;
+      return sums_of<fastalign::Bfloat16>(b.logp, b.ref_logp, b.mask, b.bounds, b.sequences);
     case ScalarType::Half:
-      add_up(fastalign::Float16{});
-      break;
+      return sums_of<fastalign::Float16>(b.logp, b.ref_logp, b.mask, b.bounds, b.sequences);
     default:
       STD_TORCH_CHECK(false, "preference_loss: expected float32, bfloat16 or float16 log-probs on CPU");
   }
+}
 
+// losses [values], slopes [sequences], statistics [4 or 6, values].
+void losses_and_slopes(const Form& form, const Batch& b, float* losses, float* slopes, float* statistics) {
+  check_bounds(b.bounds, b.sequences, b.n_tokens);
+  const std::vector<Sums> sums = sums_of(b);
   const bool kto = form.kind == Kind::kto;
-  const int64_t values = kto ? sequences : sequences / 2;
-  Tensor losses = floats(logp, {values}), slopes = floats(logp, {sequences});
-  Tensor statistics = floats(logp, {kto ? 4 : 6, values});
-  const double z0 = z0_in ? *static_cast<const float*>(z0_in->const_data_ptr()) : 0.0;
+  const int64_t values = kto ? b.sequences : b.sequences / 2;
+  const double z0 = b.z0 ? *b.z0 : 0.0;
   for (int64_t v = 0; v < values; ++v) {
     const auto log = [&](int64_t column, bool applies, double x) {
-      data(statistics)[column * values + v] = static_cast<float>(applies ? x : kNaN);
+      statistics[column * values + v] = static_cast<float>(applies ? x : kNaN);
     };
-    const bool is_set = flag && flag[v];
+    const bool is_set = b.flags && b.flags[v];
     const Response w = response_of(form, sums[kto ? v : 2 * v]);
     if (kto) {
       const Value value = kto_value(form, w, is_set, z0);
-      data(losses)[v] = static_cast<float>(value.loss);
-      data(slopes)[v] = static_cast<float>(value.chosen);
+      losses[v] = static_cast<float>(value.loss);
+      slopes[v] = static_cast<float>(value.chosen);
       const bool some = w.count > 0.0;
       log(0, some && is_set, w.reward);
       log(1, some && !is_set, w.reward);
@@ -199,9 +190,9 @@ std::tuple<Tensor, Tensor, Tensor> preference_loss_cpu(
     }
     const Response l = response_of(form, sums[2 * v + 1]);
     const Value value = pair_value(form, w, l, is_set);
-    data(losses)[v] = static_cast<float>(value.loss);
-    data(slopes)[2 * v] = static_cast<float>(value.chosen);
-    data(slopes)[2 * v + 1] = static_cast<float>(value.rejected);
+    losses[v] = static_cast<float>(value.loss);
+    slopes[2 * v] = static_cast<float>(value.chosen);
+    slopes[2 * v + 1] = static_cast<float>(value.rejected);
     const bool some = w.count + l.count > 0.0;
     log(0, some, w.reward);
     log(1, some, l.reward);
@@ -210,6 +201,46 @@ std::tuple<Tensor, Tensor, Tensor> preference_loss_cpu(
     log(4, some, w.logp);
     log(5, some, l.logp);
   }
+}
+
+// dlogp [n_tokens] of upstream [values] and slopes [sequences].
+void gradient(const float* upstream, int64_t values, const float* slopes, const int64_t* bounds, int64_t sequences,
+              const bool* mask, int64_t n_tokens, float* dlogp) {
+  check_bounds(bounds, sequences, n_tokens);
+  const int64_t per_value = values > 0 ? sequences / values : 1;
+  for_sequences(sequences, n_tokens, [&](int64_t s) {
+    FASTALIGN_CALL(fill_tokens, slopes[s] * upstream[s / per_value], mask ? mask + bounds[s] : nullptr,
+                   bounds[s + 1] - bounds[s], dlogp + bounds[s]);
+  });
+}
+
+template <typename T>
+const T* pointer(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <typename T>
+const T* pointer(const Maybe& x) {
+  return x ? pointer<T>(*x) : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor> preference_loss_cpu(
+    int64_t kind, bool average, double gap, double extra, double length, double margin, double right, double wrong,
+    double nll_sum, double nll_mean, double optimism, const Tensor& logp_in, const Maybe& ref_in,
+    const Tensor& cu_seqlens_in, const Maybe& mask_in, const Maybe& flags_in, const Maybe& z0_in) {
+  const Form form{static_cast<Kind>(kind), average, gap, extra, length, margin, right, wrong, nll_sum, nll_mean,
+                  optimism};
+  const Tensor logp = torch::stable::contiguous(logp_in), cu_seqlens = torch::stable::contiguous(cu_seqlens_in);
+  const Maybe ref_logp = dense(ref_in), mask = dense(mask_in), flags = dense(flags_in), z0 = dense(z0_in);
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  const bool kto = form.kind == Kind::kto;
+  const int64_t values = kto ? sequences : sequences / 2;
+  Tensor losses = floats(logp, {values}), slopes = floats(logp, {sequences});
+  Tensor statistics = floats(logp, {kto ? 4 : 6, values});
+  const Batch batch{logp.scalar_type(),       pointer<void>(logp), pointer<void>(ref_logp), pointer<int64_t>(cu_seqlens),
+                    pointer<bool>(mask),      pointer<bool>(flags), pointer<float>(z0),     sequences,
+                    logp.numel()};
+  losses_and_slopes(form, batch, data(losses), data(slopes), data(statistics));
   return {losses, slopes, statistics};
 }
 
@@ -217,21 +248,46 @@ Tensor preference_loss_backward_cpu(const Tensor& grad_in, const Tensor& slopes,
                                     const Maybe& mask_in, int64_t n_tokens) {
   const Tensor grad = torch::stable::contiguous(grad_in), cu_seqlens = torch::stable::contiguous(cu_seqlens_in);
   const Maybe mask = dense(mask_in);
-  const bool* kept = static_cast<const bool*>(pointer(mask));
-  const int64_t* bounds = bounds_of(cu_seqlens, n_tokens);
-  const int64_t sequences = slopes.size(0), per_value = grad.size(0) > 0 ? sequences / grad.size(0) : 1;
-  const float *upstream = static_cast<const float*>(grad.const_data_ptr()),
-              *slope = static_cast<const float*>(slopes.const_data_ptr());
   Tensor dlogp = floats(slopes, {n_tokens});
-  float* to = data(dlogp);
-  for_sequences(sequences, n_tokens, [&](int64_t s) {
-    FASTALIGN_CALL(fill_tokens, slope[s] * upstream[s / per_value], kept ? kept + bounds[s] : nullptr,
-                   bounds[s + 1] - bounds[s], to + bounds[s]);
-  });
+  gradient(pointer<float>(grad), grad.size(0), pointer<float>(slopes), pointer<int64_t>(cu_seqlens), slopes.size(0),
+           pointer<bool>(mask), n_tokens, data(dlogp));
   return dlogp;
 }
 
 }  // namespace
+
+// (PreferenceForm of fastalign/losses/preference_terms.py, dtype, logp, ref_logp, cu_seqlens, mask, flags, z0,
+// sequences, tokens, losses, slopes, statistics)
+PyObject* fastalign::preference_loss_direct(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments in(given, count);
+  Form form{static_cast<Kind>(in.integer()), in.integer() != 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  for (double* x : {&form.gap, &form.extra, &form.length, &form.margin, &form.right, &form.wrong, &form.nll_sum,
+                    &form.nll_mean, &form.optimism}) {
+    *x = in.number();
+  }
+  Batch b{};
+  b.dtype = in.dtype();
+  b.logp = in.address<const void>(), b.ref_logp = in.address<const void>();
+  b.bounds = in.address<const int64_t>();
+  b.mask = in.address<const bool>(), b.flags = in.address<const bool>();
+  b.z0 = in.address<const float>();
+  b.sequences = in.integer(), b.n_tokens = in.integer();
+  float *losses = in.address<float>(), *slopes = in.address<float>(), *statistics = in.address<float>();
+  return in.finished([&] { losses_and_slopes(form, b, losses, slopes, statistics); });
+}
+
+// (grad, values, slopes, cu_seqlens, sequences, mask, tokens, dlogp)
+PyObject* fastalign::preference_loss_backward_direct(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments in(given, count);
+  const float* grad = in.address<const float>();
+  const int64_t values = in.integer();
+  const float* slopes = in.address<const float>();
+  const int64_t *bounds = in.address<const int64_t>(), sequences = in.integer();
+  const bool* mask = in.address<const bool>();
+  const int64_t n_tokens = in.integer();
+  float* dlogp = in.address<float>();
+  return in.finished([&] { gradient(grad, values, slopes, bounds, sequences, mask, n_tokens, dlogp); });
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastalign_cpp, m) {
   m.def(

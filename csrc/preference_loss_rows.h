@@ -8,7 +8,8 @@ FASTALIGN_INLINE IntLanes kept_lanes(const bool* mask) {
   typedef uint8_t ByteLanes __attribute__((vector_size(FASTALIGN_BYTES / 4)));
   ByteLanes bytes;
   std::memcpy(&bytes, mask, sizeof(bytes));
-  return __builtin_convertvector(bytes, IntLanes) != 0;
+  // In two steps: GCC 12 takes one from 8 to 32 bits apart, lane by lane.
+  return __builtin_convertvector(__builtin_convertvector(bytes, HalfWordLanes), WordLanes) != 0u;
 }
 
 // Halves added to halves: fewer steps one after another than sum_of.

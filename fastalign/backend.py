@@ -27,6 +27,8 @@ except ModuleNotFoundError:
     CPP_BUILT = False
 
 _forced: list[str] = []
+# Looked up in the dict below os.environ: a lookup there that fails raises first, for every call.
+_VARIABLES, _VARIABLE = os.environ._data, os.environ.encodekey("FASTALIGN_BACKEND")  # type: ignore[attr-defined]
 _said_unbuilt = False
 
 
@@ -80,7 +82,10 @@ def choose(op: str, tensor: Tensor) -> str:
         RuntimeError: the backend asked for cannot run on this device, dtype or build.
     """
     global _said_unbuilt
-    asked = _forced[-1] if _forced else os.environ.get("FASTALIGN_BACKEND", "")
+    if _forced:
+        asked = _forced[-1]
+    else:
+        asked = os.environ["FASTALIGN_BACKEND"] if _VARIABLE in _VARIABLES else ""
     if not asked:
         if tensor.dtype == torch.float64:
             return "reference"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def inputs_of(loss: Any, b: Batch) -> dict[str, Any]:
     return {name: b[name] for name in loss.required if name != "cu_seqlens"}
 
 
-def run(backend: str, f: Callable[[Batch], tuple[Tensor, dict]], b: Batch) -> dict[str, Tensor]:
+def run(backend: str, f: Callable[[Batch], tuple[Tensor, Mapping]], b: Batch) -> dict[str, Tensor]:
     """loss, statistics and the gradients of logp, entropy and values of f on ``b``."""
     device = device_of(backend)
     given = {name: x.detach().clone().to(device) for name, x in b.items()}
@@ -68,7 +68,7 @@ def run(backend: str, f: Callable[[Batch], tuple[Tensor, dict]], b: Batch) -> di
     return {name: x.cpu() for name, x in found.items()}
 
 
-def compare(backend: str, f: Callable[[Batch], tuple[Tensor, dict]], b: Batch) -> None:
+def compare(backend: str, f: Callable[[Batch], tuple[Tensor, Mapping]], b: Batch) -> None:
     kernel, eager = run(backend, f, b), run("reference", f, b)
     truth = run(
         "reference", f, {k: x.double() if x.is_floating_point() else x for k, x in b.items()}
@@ -79,10 +79,10 @@ def compare(backend: str, f: Callable[[Batch], tuple[Tensor, dict]], b: Batch) -
         assert_no_worse(kernel[name], eager[name], true, torch.float32, grad=grad)
 
 
-def call(loss: Any, **options: Any) -> Callable[[Batch], tuple[Tensor, dict]]:
+def call(loss: Any, **options: Any) -> Callable[[Batch], tuple[Tensor, Mapping]]:
     """policy_loss on a batch; with an entropy and both other log-probs for the statistics."""
 
-    def f(b: Batch) -> tuple[Tensor, dict]:
+    def f(b: Batch) -> tuple[Tensor, Mapping]:
         others = {name: b[name] for name in ("old_logp", "ref_logp")}
         moved = {k: x.to(b["logp"].device) for k, x in options.items() if isinstance(x, Tensor)}
         return policy_loss(
@@ -92,8 +92,10 @@ def call(loss: Any, **options: Any) -> Callable[[Batch], tuple[Tensor, dict]]:
     return f
 
 
-def critic(loss: Any, clip: float | None, **options: Any) -> Callable[[Batch], tuple[Tensor, dict]]:
-    def f(b: Batch) -> tuple[Tensor, dict]:
+def critic(
+    loss: Any, clip: float | None, **options: Any
+) -> Callable[[Batch], tuple[Tensor, Mapping]]:
+    def f(b: Batch) -> tuple[Tensor, Mapping]:
         moved = {k: x.to(b["logp"].device) for k, x in options.items() if isinstance(x, Tensor)}
         return actor_critic_loss(
             loss,

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Files in fastalign/ops that are part of other ops, not ops of their own.
 PARTS = {"__init__", "plan", "slab", "linear_loss_call", "linear_loss_checks", "linear_loss_walk"}
-PARTS |= {"policy_terms", "policy_reduce", "policy_loss_terms", "scan_inputs"}
+PARTS |= {"policy_terms", "policy_reduce", "policy_loss_terms", "scan_inputs", "direct"}
 
 
 def python(code: str, *flags: str, cwd: Path = ROOT) -> str:

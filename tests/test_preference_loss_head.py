@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def inputs_of(loss: PreferenceLoss, b: dict[str, Any]) -> dict[str, Tensor]:
     return {name: b[name] for name in loss.required if name != "cu_seqlens"}
 
 
-def separately(loss: PreferenceLoss, b: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def separately(loss: PreferenceLoss, b: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The mean over pairs, from all log-probs at once."""
     logp = linear_logprobs(b["hidden"], b["weight"], b["targets"])
     losses, statistics = preference_loss(

@@ -57,8 +57,7 @@ KEYS = {
     | POLICY
     | HEADS
     | PHASES
-    | {"loss/policy", "loss/value", "value/explained_variance", "advantage/std"}
-    | {"policy/residual", "policy/ref_k1", "policy/ref_k3", "sampling_gap"},
+    | {"loss/policy", "loss/value", "value/explained_variance", "advantage/std"},
     ("apa", "eval"): COMMON | POLICY | HEADS | ERRORS | {"n", "sampling_gap"},
 }
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+WIDE = (torch.float32, torch.float64)
+
 
 def wide(x: Tensor) -> Tensor:
     """float64 stays, everything else becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in WIDE else x.float()
 
 
 def constants(
@@ -43,7 +45,8 @@ def constants(
                 f"{_name(loss)}: expected {key} of the shape of logp, {tuple(shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
-        found[key] = wide(tensor if key == "kl" else tensor.detach())
+        constant = key == "kl" or not tensor.requires_grad
+        found[key] = wide(tensor if constant else tensor.detach())
     return found
 
 

@@ -30,10 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
-from fastalign.backend import choose
+from fastalign.backend import CPP_BUILT, choose, plain
+from fastalign.ops.direct import CODES, address, dense, direct
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
+
+if CPP_BUILT:
+    from fastalign import _C
 
 CPP_COUNTS = (torch.bool, torch.int32, torch.int64)  # dtypes of head_mask that C++ reads
 
@@ -104,24 +107,45 @@ def _computed(
 ) -> tuple[Tensor, Tensor]:
     """(loss, dL/dd [B, K]), by the backend in force."""
     which = choose("bradley_terry_loss", chosen)
+    if which == "cpp":
+        if head_mask is not None and head_mask.dtype not in CPP_COUNTS:
+            head_mask = head_mask.long()
+        margin = None if margin is None else margin.float()
+        totals = None if totals is None else totals.float()
+        run: Any = _by_address if direct(chosen) else torch.ops.fastalign_cpp.bradley_terry_loss
+        return run(chosen, rejected, margin, offset, head_mask, totals, label_smoothing)
     args = (chosen, rejected, margin, offset, head_mask, totals, label_smoothing)
     if which == "triton":
         from fastalign.kernels.bradley_terry_loss import bradley_terry_loss_fwd
 
         return bradley_terry_loss_fwd(*args)
-    if which == "cpp":
-        if head_mask is not None and head_mask.dtype not in CPP_COUNTS:
-            head_mask = head_mask.long()
-        return torch.ops.fastalign_cpp.bradley_terry_loss(
-            chosen,
-            rejected,
-            None if margin is None else margin.float(),
-            offset,
-            head_mask,
-            None if totals is None else totals.float(),
-            label_smoothing,
-        )
     return bradley_terry_loss_reference(*args), dgap_reference(*args)
+
+
+def _by_address(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None,
+    offset: float,
+    head_mask: Tensor | None,
+    totals: Tensor | None,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """(loss, dL/dd [B, K]) by C++."""
+    pairs, heads = chosen.shape
+    chosen, rejected = dense(chosen), dense(rejected)
+    margin = None if margin is None else dense(margin)
+    head_mask = None if head_mask is None else dense(head_mask)
+    totals = None if totals is None else dense(totals)
+    loss = chosen.new_empty((), dtype=torch.float32)
+    dgap = chosen.new_empty((pairs, heads), dtype=torch.float32)
+    _C.bradley_terry_loss(
+        CODES[chosen.dtype], chosen.data_ptr(), rejected.data_ptr(),
+        address(margin), 0 if margin is None else margin.shape[1], offset,
+        CODES[torch.bool if head_mask is None else head_mask.dtype], address(head_mask),
+        address(totals), label_smoothing, pairs, heads, loss.data_ptr(), dgap.data_ptr(),
+    )  # fmt: skip
+    return loss, dgap
 
 
 @torch.library.custom_op("fastalign::bradley_terry_loss", mutates_args=())
@@ -164,7 +188,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> Any:
     needs_chosen, needs_rejected, needs_margin = ctx.needs_input_grad[:3]
     if grad_loss is None:
         return (None,) * 7
-    chosen = grad_loss * dgap
+    # On a CPU looking at the factor is free, and multiplying by one is not.
+    one = plain(grad_loss) and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+    chosen = dgap if one else grad_loss * dgap
     rejected = margin = None
     if needs_rejected or needs_margin:
         rejected = -chosen
@@ -264,22 +290,19 @@ def bradley_terry_loss(
         raise ValueError(
             f"bradley_terry_loss: expected label_smoothing in [0, 0.5), got {label_smoothing}"
         )
-    others = (
-        ("rejected", rejected),
-        ("margin", margin),
-        ("head_mask", head_mask),
-        ("totals", totals),
-    )
-    for name, maybe in others:
-        if maybe is not None and maybe.device != chosen.device:
+    device = chosen.device
+    others = {"rejected": rejected, "margin": margin, "head_mask": head_mask, "totals": totals}
+    for name, maybe in others.items():
+        if maybe is not None and maybe.device != device:
             raise ValueError(
-                f"bradley_terry_loss: expected {name} on the device of chosen, {chosen.device}, "
+                f"bradley_terry_loss: expected {name} on the device of chosen, {device}, "
                 f"got {maybe.device}"
             )
-    dtype = torch.promote_types(chosen.dtype, rejected.dtype)
-    if isinstance(margin, Tensor) and margin.dtype == torch.float64:
+    dtype = chosen.dtype
+    if rejected.dtype != dtype:
+        dtype = torch.promote_types(dtype, rejected.dtype)
+    if margin is not None and margin.dtype == torch.float64:
         dtype = torch.float64
-    # Tracers, and tensors that only stand for others, need the op.
     args = (
         chosen if chosen.dtype == dtype else chosen.to(dtype),
         rejected if rejected.dtype == dtype else rejected.to(dtype),
@@ -289,7 +312,6 @@ def bradley_terry_loss(
         None if totals is None else totals.detach(),
         float(label_smoothing),
     )
-    # Tracers, and tensors that only stand for others, need the op.
-    if type(chosen) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+    if not plain(chosen):
         return _bradley_terry_loss(*args)[0]
     return _BradleyTerryLoss.apply(*args) if torch.is_grad_enabled() else _computed(*args)[0]

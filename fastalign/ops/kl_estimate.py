@@ -6,6 +6,8 @@ With d = ref_logp - logp, for tokens sampled from pi:
     k2 = d^2 / 2                   biased, never negative; its gradient on-policy is that of the KL
     k3 = exp(d) - 1 - d            unbiased, never negative
 
+k1 of float32 or float64 is one subtraction: torch's own, on every device.
+
 Gradients with respect to logp: 1, -d, 1 - exp(d); their negatives with respect to ref_logp. Nothing
 is clipped: k3 in float32 is inf for d > 88.7.
 
@@ -24,8 +26,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign.backend import choose, plain
+from fastalign.backend import CPP_BUILT, choose, plain
+from fastalign.ops.direct import CODES, dense, direct
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
+
+if CPP_BUILT:
+    from fastalign import _C
 
 KINDS = ("k1", "k2", "k3")
 
@@ -60,6 +66,14 @@ def _computed(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
         from fastalign.kernels.kl_estimate import kl_estimate_fwd
 
         return kl_estimate_fwd(logp, ref_logp, KINDS.index(kind))
+    if which == "cpp" and direct(logp):
+        logp, ref_logp = dense(logp), dense(ref_logp)
+        kl = logp.new_empty(logp.shape, dtype=torch.float32)
+        _C.kl_estimate(
+            KINDS.index(kind), CODES[logp.dtype], logp.data_ptr(), ref_logp.data_ptr(),
+            logp.numel(), kl.data_ptr(),
+        )  # fmt: skip
+        return kl
     if which == "cpp":
         return torch.ops.fastalign_cpp.kl_estimate(logp, ref_logp, KINDS.index(kind))
     return kl_estimate_reference(logp, ref_logp, kind)
@@ -72,6 +86,14 @@ def _computed_backward(grad: Tensor, logp: Tensor, ref_logp: Tensor, kind: str) 
         from fastalign.kernels.kl_estimate import kl_estimate_bwd
 
         return kl_estimate_bwd(grad, logp, ref_logp, KINDS.index(kind))
+    if which == "cpp" and direct(logp) and direct(grad):
+        grad, logp, ref_logp = dense(grad), dense(logp), dense(ref_logp)
+        dlogp = logp.new_empty(logp.shape)
+        _C.kl_estimate_backward(
+            KINDS.index(kind), CODES[logp.dtype], grad.data_ptr(), logp.data_ptr(),
+            ref_logp.data_ptr(), logp.numel(), dlogp.data_ptr(),
+        )  # fmt: skip
+        return dlogp
     if which == "cpp":
         return torch.ops.fastalign_cpp.kl_estimate_backward(grad, logp, ref_logp, KINDS.index(kind))
     return kl_estimate_backward_reference(grad, logp, ref_logp, kind)
@@ -124,15 +146,19 @@ class _KlEstimate(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _backward(ctx, grads[0], _computed_backward)
+        # A second derivative would be wrong in silence.
+        compute = _backward_once if torch.is_grad_enabled() else _backward
+        return compute(ctx, grads[0], _computed_backward)
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
     """Per-token estimate of KL(pi || pi_ref) in nats, by the formulas in this module's docstring.
 
-    Differentiable, once.
+    Differentiable, once (k2, k3).
 
     Args:
         logp: any shape, log-probabilities of sampled tokens under pi; bfloat16, float16, float32 or
@@ -158,14 +184,15 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
             f"kl_estimate: expected ref_logp on the device of logp, {logp.device}, "
             f"got {ref_logp.device}"
         )
-    for name, tensor in (("logp", logp), ("ref_logp", ref_logp)):
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"kl_estimate: expected {name} of a floating dtype, got {tensor.dtype}"
-            )
-    if logp.dtype != ref_logp.dtype:
-        dtype = torch.promote_types(logp.dtype, ref_logp.dtype)
+    dtype, ref_dtype = logp.dtype, ref_logp.dtype
+    if dtype not in FLOAT_DTYPES or ref_dtype not in FLOAT_DTYPES:
+        name, wrong = ("ref_logp", ref_dtype) if dtype in FLOAT_DTYPES else ("logp", dtype)
+        raise ValueError(f"kl_estimate: expected {name} of a floating dtype, got {wrong}")
+    if dtype != ref_dtype:
+        dtype = torch.promote_types(dtype, ref_dtype)
         logp, ref_logp = logp.to(dtype), ref_logp.to(dtype)
+    if kind == "k1" and accumulation_dtype(dtype) == dtype:
+        return (logp - ref_logp).contiguous()
     if not (plain(logp) and plain(ref_logp)):
         return _kl_estimate(logp, ref_logp, kind)
     if torch.is_grad_enabled() and (logp.requires_grad or ref_logp.requires_grad):

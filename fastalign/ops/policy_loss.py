@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign.backend import choose, plain
+from fastalign.backend import CPP_BUILT, choose, plain
 from fastalign.losses.value import ValueLoss
+from fastalign.ops.direct import address, dense, direct
 from fastalign.ops.policy_reduce import (
     Layout,
     Policy,
@@ -44,6 +45,9 @@ from fastalign.ops.policy_reduce import (
     with_critic,
 )
 from fastalign.ops.policy_terms import COLUMNS, Form, Tokens, terms_reference
+
+if CPP_BUILT:
+    from fastalign import _C
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -171,6 +175,27 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> Any:
 torch.library.register_autograd("fastalign::policy_loss", _backward, setup_context=_setup_context)
 
 
+def _computed_on_cpu(
+    form: Form, x: Tokens, divisor: float, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The loss and the statistics over ``divisor`` (0: the tokens that count), by C++; and those of
+    dlogp, dentropy and dvalues that are wanted."""
+    like = x.leading
+    if not direct(like):
+        loss, statistics, *found = torch.ops.fastalign_cpp.policy_loss(*form, *x, divisor)
+        pairs = zip(found, wanted, strict=True)
+        return loss, statistics, [slope if want else None for slope, want in pairs]
+    n = like.numel()
+    read = [None if t is None else dense(t) for t in x]
+    slopes = [like.new_empty(n) if want else None for want in wanted]
+    loss, statistics = like.new_empty(()), like.new_empty(len(COLUMNS))
+    _C.policy_loss(
+        *form, *map(address, read), 0 if x.scale is None else x.scale.numel(), n, divisor,
+        loss.data_ptr(), statistics.data_ptr(), *map(address, slopes),
+    )  # fmt: skip
+    return loss, statistics, slopes
+
+
 class _PolicyLoss(torch.autograd.Function):
     """The op and its division by the normalizer, without the dispatcher: that takes 0.1 ms for so
     many arguments on a CPU, as long as the loss of 30,000 tokens. The statistics come in a list
@@ -187,34 +212,37 @@ class _PolicyLoss(torch.autograd.Function):
         form, x, normalizer, means = call
         which = choose("policy_loss", x.leading)
         ctx.on_cpu = which == "cpp"
+        wanted = ctx.needs_input_grad[1:]
         if which == "cpp":
             divisor = 0.0 if normalizer is None else float(normalizer)
-            results = torch.ops.fastalign_cpp.policy_loss(*form, *x, divisor)
-            loss, found, dlogp, dentropy, dvalues = results
+            loss, found, slopes = _computed_on_cpu(form, x, divisor, wanted)
             ctx.normalizer = 1.0
         else:
-            total, found, dlogp, dentropy, dvalues = _computed(form, x, which)
+            total, found, *slopes = _computed(form, x, which)
+            slopes = [slope if want else None for slope, want in zip(slopes, wanted, strict=True)]
             ctx.normalizer = _tokens_kept(found) if normalizer is None else normalizer
             found[:2] /= ctx.normalizer
             loss = total / ctx.normalizer
         means.append(found)
-        ctx.save_for_backward(
-            None if logp is None else dlogp,
-            None if entropy is None else dentropy,
-            None if values is None else dvalues,
-        )
+        ctx.save_for_backward(*slopes)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         # The slopes are constants to autograd: a second derivative would be wrong in silence.
-        slopes = ctx.saved_tensors
-        # On a CPU looking at the factor is free, and multiplying by one is not.
-        if not ctx.on_cpu or grad.item() != 1.0:
-            factor = grad / ctx.normalizer
-            slopes = [None if slope is None else slope * factor for slope in slopes]
-        return None, *slopes
+        return (_slopes_once if torch.is_grad_enabled() else _slopes)(ctx, grad)
+
+
+def _slopes(ctx: Any, grad: Tensor) -> Any:
+    slopes = ctx.saved_tensors
+    # On a CPU looking at the factor is free, and multiplying by one is not.
+    if not ctx.on_cpu or grad.item() != 1.0:
+        factor = grad / ctx.normalizer
+        slopes = [None if slope is None else slope * factor for slope in slopes]
+    return None, *slopes
+
+
+_slopes_once = once_differentiable(_slopes)
 
 
 def _tokens_kept(means: Tensor) -> Tensor:
@@ -223,15 +251,16 @@ def _tokens_kept(means: Tensor) -> Tensor:
 
 def _reduced(
     op: str, policy: Policy, layout: Layout, normalizer: float | Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The loss and its statistics, with "policy_loss" and "value_loss" where both are there."""
     check_normalizer(op, normalizer)
-    form, x = policy.form, policy.tokens
+    form, tokens = policy.form, policy.tokens
+    like = tokens["logp" if "logp" in tokens else "values"]
+    scale, own = shares(op, policy.reduction, layout, like, policy.per_sequence)
     mask = None if layout.mask is None else flat(layout.mask, torch.bool)
-    scale, own = shares(op, policy.reduction, layout, x.leading, policy.per_sequence)
-    x = x._replace(mask=mask, scale=scale)
+    x = Tokens(**tokens, mask=mask, scale=scale)
     normalizer = own if normalizer is None else normalizer
-    if plain(x.leading):
+    if plain(like):
         found: list[Tensor] = []
         entropy = x.entropy if form.entropy_coef else None
         loss = _PolicyLoss.apply((form, x, normalizer, found), x.logp, entropy, x.values)
@@ -241,19 +270,18 @@ def _reduced(
         divisor = _tokens_kept(means) if normalizer is None else normalizer
         loss = total / divisor
         means = torch.cat([means[:2] / divisor, means[2:]])
-    statistics = named_statistics(form, x, means)
-    penalty = None
+    others: dict[str, Tensor] = {}
     if policy.kl is not None:
-        kl = policy.kl if mask is None else torch.where(mask, policy.kl, 0.0)
+        kl = policy.kl if x.mask is None else torch.where(x.mask, policy.kl, 0.0)
         share = kl if scale is None else kl * scale.repeat_interleave(len(kl) // len(scale))
         count = _tokens_kept(means)
         penalty = policy.kl_coef * share.sum() / (count if normalizer is None else normalizer)
         loss = loss + penalty
-        statistics["kl"] = kl.detach().sum() / count
+        others["kl"] = kl.detach().sum() / count
     if x.values is not None and x.logp is not None:
-        policy_part = means[0] if penalty is None else means[0] + penalty.detach()
-        statistics |= {"policy_loss": policy_part, "value_loss": means[1]}
-    return loss, statistics
+        policy_part = means[0] if policy.kl is None else means[0] + penalty.detach()
+        others |= {"policy_loss": policy_part, "value_loss": means[1]}
+    return loss, named_statistics(form, x, means, others)
 
 
 def policy_loss(
@@ -266,7 +294,7 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     reduction: str | None = None,
     normalizer: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Mapping[str, Tensor]]:
     """A loss of ``fastalign.losses`` on log-probs you have, reduced to one number, with statistics.
 
     The formula and the reductions stand in this module's docstring. Gradients flow to ``logp`` and
@@ -323,7 +351,7 @@ def actor_critic_loss(
     cu_seqlens: Tensor | None = None,
     reduction: str | None = None,
     normalizer: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Policy, entropy and critic in one launch: ``policy_loss`` + vf_coef * ``value_loss``.
 
     Args:
@@ -360,7 +388,7 @@ def value_loss(
     cu_seqlens: Tensor | None = None,
     reduction: str = "token_mean",
     normalizer: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Mapping[str, Tensor]]:
     """A critic's loss, plain or clipped, reduced to one number; differentiable in ``values``.
 
     Args:
@@ -378,6 +406,6 @@ def value_loss(
     """
     op = "value_loss"
     layout = check_layout(op, values, "values", mask, cu_seqlens)
-    none = Policy(Form(), Tokens(), reduction)
+    none = Policy(Form(), {}, reduction)
     policy = with_critic(op, none, loss, values, returns, old_values, 1.0)
     return _reduced(op, policy, layout, normalizer)

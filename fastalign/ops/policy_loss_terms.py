@@ -103,7 +103,7 @@ def policy_loss_terms(
     elif entropy is None:
         raise ValueError(f"{type(loss).__name__}: missing inputs: entropy (entropy_coef is not 0)")
     entropy = None if entropy is None else entropy.detach()
-    x = take_tokens(wide(logp.detach()), entropy, found)
+    x = Tokens(**take_tokens(wide(logp.detach()), entropy, found))
     call: Any = _terms if plain(logp) else policy_loss_terms_op
     values, slope, entropy_slope = call(form.kind, form.kl, list(form[2:]), *x[:6])
     kl_coef = exact_kl_coef(loss)

@@ -7,7 +7,7 @@ mean, gspo's mean over a sequence, and the names of the statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,11 @@ from fastalign.losses.grpo import check_reading, sequence_of_token
 from fastalign.losses.inputs import constants, wide
 from fastalign.losses.ratio import exact_kl_coef
 from fastalign.losses.value import ValueLoss
+from fastalign.ops.direct import Statistics
 from fastalign.ops.policy_terms import COLUMNS, FUSED, KINDS, Form, Tokens, form_of, kept
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
-TAKEN = ("advantages", "old_logp", "ref_logp", "weights")
+TAKEN = ("advantages", "old_logp", "ref_logp", "weights", "log_ratio")
 # The log of weights whose squares, a million of them, float32 still holds.
 LARGEST_SQUARED = 36.0
 
@@ -150,11 +151,11 @@ def checked_inputs(
             raise ValueError(f"{op}: expected cu_seqlens or logp [B, T] for {loss}")
         offsets = layout.cu_seqlens
         sequences = layout.shape[0] if offsets is None else offsets.shape[0] - 1
-    device = logp.device
-    for name, x in inputs.items():
-        if x is not None and x.device != device:
-            raise ValueError(f"{op}: expected {name} on {device}, got {x.device}")
     found = constants(loss, logp, inputs, traits.required, traits.optional, sequences)
+    device = logp.device
+    for name, x in found.items():
+        if x.device != device:
+            raise ValueError(f"{op}: expected {name} on {device}, got {x.device}")
     if traits.per_sequence and layout.cu_seqlens is not None:
         check_reading(op, found["advantages"], logp, layout.cu_seqlens)
     return found
@@ -166,11 +167,16 @@ def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dim() == 1 else x.reshape(-1)
 
 
-def take_tokens(logp: Tensor, entropy: Tensor | None, found: dict[str, Tensor]) -> Tokens:
-    """The policy's part of the kernels' input, flat and in the dtype of logp."""
+def take_tokens(
+    logp: Tensor, entropy: Tensor | None, found: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The policy's part of the kernels' input, flat and in the dtype of logp, by name."""
     dtype = logp.dtype
-    rest = {name: flat(x, dtype) for name, x in found.items() if name in TAKEN}
-    return Tokens(flat(logp, dtype), None if entropy is None else flat(entropy, dtype), **rest)
+    tokens = {name: flat(x, dtype) for name, x in found.items() if name in TAKEN}
+    tokens["logp"] = flat(logp, dtype)
+    if entropy is not None:
+        tokens["entropy"] = flat(entropy, dtype)
+    return tokens
 
 
 def over_sequences(found: dict[str, Tensor], logp: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -194,7 +200,7 @@ class Policy(NamedTuple):
     """A call's policy, ready to be reduced."""
 
     form: Form
-    tokens: Tokens
+    tokens: dict[str, Tensor]  # of Tokens, by name
     reduction: str
     per_sequence: bool = False
     kl: Tensor | None = None  # flat, with its gradient
@@ -220,13 +226,9 @@ def policy_tokens(
     logp = wide(logp)
     found = checked_inputs(op, loss, traits, logp, inputs, layout)
     kl = flat(found["kl"], logp.dtype) if traits.kl_coef else None
-    log_ratio = None
     if traits.per_sequence:
-        averages = over_sequences(found, logp, layout)
-        found, log_ratio = found | averages, averages.pop("log_ratio")
+        found |= over_sequences(found, logp, layout)
     tokens = take_tokens(logp, entropy, found)
-    if log_ratio is not None:
-        tokens = tokens._replace(log_ratio=log_ratio)
     reduction = traits.reduction if reduction is None else reduction
     return Policy(form, tokens, reduction, traits.per_sequence, kl, traits.kl_coef)
 
@@ -248,15 +250,15 @@ def with_critic(
     check_like(op, "returns", returns, values, "values")
     if old_values is not None:
         check_like(op, "old_values", old_values, values, "values")
-    form, x = policy.form, policy.tokens
-    dtype = wide(values).dtype if x.logp is None else x.logp.dtype
+    logp = policy.tokens.get("logp")
+    dtype = wide(values).dtype if logp is None else logp.dtype
+    tokens = policy.tokens | {"values": flat(values, dtype)}
+    tokens["returns"] = flat(returns.detach(), dtype)
+    if old_values is not None:
+        tokens["old_values"] = flat(old_values.detach(), dtype)
     clip = 0.0 if value_loss.clip is None else value_loss.clip
-    x = x._replace(
-        values=flat(values, dtype),
-        returns=flat(returns.detach(), dtype),
-        old_values=None if old_values is None else flat(old_values.detach(), dtype),
-    )
-    return policy._replace(form=form._replace(vf_coef=float(vf_coef), value_clip=clip), tokens=x)
+    form = Form(*policy.form[:-2], float(vf_coef), clip)
+    return Policy(form, tokens, *policy[2:])
 
 
 def shares(
@@ -296,22 +298,33 @@ def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
         raise ValueError(f"{op}: expected normalizer > 0 and finite, got {normalizer}")
 
 
-def named_statistics(form: Form, x: Tokens, means: Tensor) -> dict[str, Tensor]:
-    """Of the kernels' columns those that this loss and its inputs fill, 0-d each."""
-    given = tuple(t is not None for t in (x.entropy, x.old_logp, x.ref_logp, x.log_ratio))
-    weighted = KINDS[form.kind] == "mle" and x.weights is not None
-    filled = kept(_filled)(KINDS[form.kind], given, weighted, form.upper, form.value_clip > 0)
-    # A few columns are cheaper one by one.
-    columns = means.unbind() if len(filled) > 8 else means
-    named = {name: columns[at] for name, at in filled}
-    if "weight" in named:
-        named["effective_sample_size"] = _effective_sample_size(form, x, columns)
+def named_statistics(
+    form: Form, x: Tokens, means: Tensor, others: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Of the kernels' columns those that this loss and its inputs fill, 0-d; and ``others``."""
+    given = (
+        x.entropy is not None,
+        x.old_logp is not None,
+        x.ref_logp is not None,
+        x.log_ratio is not None,
+    )
+    kind = KINDS[form.kind]
+    weighted = kind == "awr" or kind == "mle" and x.weights is not None
+    rows = kept(_filled)(kind, given, weighted, form.upper, form.value_clip > 0)
+    if not torch.compiler.is_compiling():
+        more: dict[str, Tensor | Callable[[], Tensor]] = {**others}
+        if weighted:
+            more["effective_sample_size"] = _effective_sample_size(form, x, means)
+        return Statistics(means, rows, more)
+    named = {name: means[at] for name, at in rows.items()} | {**others}
+    if weighted:
+        named["effective_sample_size"] = _effective_sample_size(form, x, means)()
     return named
 
 
 def _filled(
     kind: str, given: tuple[bool, ...], weighted: bool, upper: float, banded: bool
-) -> list[tuple[str, int]]:
+) -> dict[str, int]:
     """Names and columns."""
     entropy, old, ref, of_sequences = given
     names = ["entropy"] if entropy else []
@@ -319,22 +332,30 @@ def _filled(
         names.append("ratio")
     if kind in ("clip", "cispo") or kind == "awr" and upper < math.inf:
         names.append("clip_fraction")
-    if kind == "awr" or weighted:
+    if weighted:
         names.append("weight")
     for other, there in (("ref", ref), ("old", old)):
         names += [f"{other}_{k}" for k in ("k1", "k2", "k3") if there]
     if banded:
         names.append("value_clip_fraction")
-    residual = [("residual", COLUMNS.index("weight"))] if kind == "apa" else []
-    return [(name, COLUMNS.index(name)) for name in names] + residual
+    residual = {"residual": COLUMNS.index("weight")} if kind == "apa" else {}
+    return {name: COLUMNS.index(name) for name in names} | residual
 
 
-def _effective_sample_size(form: Form, x: Tokens, columns: Tensor | tuple[Tensor, ...]) -> Tensor:
+def _effective_sample_size(form: Form, x: Tokens, means: Tensor) -> Callable[[], Tensor]:
+    """How to compute it; what it keeps of the call is small."""
     if KINDS[form.kind] == "awr" and form.upper > LARGEST_SQUARED:
         assert x.advantages is not None
         logs = (form.scale * x.advantages).clamp(max=form.upper)
         logs = logs if x.mask is None else logs.masked_fill(~x.mask, -math.inf)
-        return effective_sample_size(logs, logs=True)
-    squares = columns[COLUMNS.index("weight_squared")]
-    size = columns[COLUMNS.index("count")] * columns[COLUMNS.index("weight")].square() / squares
-    return torch.where(squares == 0.0, 0.0, size)
+        size = effective_sample_size(logs, logs=True)
+        return lambda: size
+
+    def of_columns() -> Tensor:
+        count, weight, squares = (means[at] for at in _ESS_COLUMNS)
+        return torch.where(squares == 0.0, 0.0, count * weight.square() / squares)
+
+    return of_columns
+
+
+_ESS_COLUMNS = [COLUMNS.index(name) for name in ("count", "weight", "weight_squared")]

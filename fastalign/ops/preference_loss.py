@@ -21,14 +21,14 @@ tests/test_preference_loss.py. Benchmark: benchmarks/bench_preference_loss.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
-from fastalign.backend import choose
+from fastalign.backend import CPP_BUILT, choose, plain
 from fastalign.losses.grpo import sequence_of_token
 from fastalign.losses.inputs import wide
 from fastalign.losses.preference import PreferenceLoss
@@ -42,7 +42,11 @@ from fastalign.losses.preference_terms import (
     preference_values,
     responses,
 )
+from fastalign.ops.direct import CODES, Statistics, address, dense, direct
 from fastalign.ops.policy_reduce import check_layout, check_like
+
+if CPP_BUILT:
+    from fastalign import _C
 
 OP = "preference_loss"
 
@@ -117,8 +121,36 @@ def _computed(
     if which == "cpp":
         if ref_logp is not None and ref_logp.dtype != logp.dtype:
             args = (logp.float(), ref_logp.float(), *args[2:])
+        if direct(logp):
+            return _by_address(form, *args)
         return torch.ops.fastalign_cpp.preference_loss(*form, *args)
     return preference_loss_reference(form, *args)
+
+
+def _by_address(
+    form: PreferenceForm,
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    flags: Tensor | None,
+    z0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``preference_loss_reference``, by C++."""
+    logp, cu_seqlens = dense(logp), dense(cu_seqlens)
+    rest = [None if x is None else dense(x) for x in (ref_logp, mask, flags, z0)]
+    sequences = cu_seqlens.shape[0] - 1
+    values = sequences // 2 if form.paired else sequences
+    names = PAIR_STATISTICS if form.paired else KTO_STATISTICS
+    losses = logp.new_empty(values, dtype=torch.float32)
+    slopes = losses.new_empty(sequences)
+    statistics = losses.new_empty(len(names), values)
+    ref_at, *rest_at = map(address, rest)
+    _C.preference_loss(
+        *form, CODES[logp.dtype], logp.data_ptr(), ref_at, cu_seqlens.data_ptr(), *rest_at,
+        sequences, logp.shape[0], losses.data_ptr(), slopes.data_ptr(), statistics.data_ptr(),
+    )  # fmt: skip
+    return losses, slopes, statistics
 
 
 @torch.library.custom_op("fastalign::preference_loss", mutates_args=())
@@ -172,6 +204,15 @@ def _computed_backward(
         from fastalign.kernels.preference_loss import preference_loss_bwd
 
         return preference_loss_bwd(*args)
+    if which == "cpp" and direct(grad):
+        grad, cu_seqlens = dense(grad), dense(cu_seqlens)
+        mask = None if mask is None else dense(mask)
+        dlogp = slopes.new_empty(n_tokens)
+        _C.preference_loss_backward(
+            grad.data_ptr(), grad.shape[0], slopes.data_ptr(), cu_seqlens.data_ptr(),
+            slopes.shape[0], address(mask), n_tokens, dlogp.data_ptr(),
+        )  # fmt: skip
+        return dlogp
     if which == "cpp":
         return torch.ops.fastalign_cpp.preference_loss_backward(*args)
     if n_tokens == 0:
@@ -232,13 +273,20 @@ class _PreferenceLoss(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        if grads[0] is None:
-            return (None,) * 7
-        slopes, cu_seqlens, mask = ctx.saved_tensors
-        dlogp = _computed_backward(grads[0], slopes, cu_seqlens, mask, ctx.n_tokens)
-        return None, dlogp, *[None] * 5
+        # The slopes are constants to autograd: a second derivative would be wrong in silence.
+        return (_dlogp_once if torch.is_grad_enabled() else _dlogp)(ctx, *grads)
+
+
+def _dlogp(ctx: Any, *grads: Any) -> Any:
+    if grads[0] is None:
+        return (None,) * 7
+    slopes, cu_seqlens, mask = ctx.saved_tensors
+    dlogp = _computed_backward(grads[0], slopes, cu_seqlens, mask, ctx.n_tokens)
+    return None, dlogp, *[None] * 5
+
+
+_dlogp_once = once_differentiable(_dlogp)
 
 
 def preference_loss(
@@ -251,7 +299,7 @@ def preference_loss(
     chosen_is_ref: Tensor | None = None,
     desirable: Tensor | None = None,
     z0: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Mapping[str, Tensor]]:
     """A preference loss of ``fastalign.losses`` on packed log-probs you have, one value per pair.
 
     Args:
@@ -310,12 +358,12 @@ def preference_loss(
         ref_logp = ref_logp.double()
     form = loss.form
     args = (logp, ref_logp, offsets, layout.mask, flags, z0)
-    # Tracers, and tensors that only stand for others, need the op.
-    if type(logp) in (Tensor, Parameter) and not torch.compiler.is_compiling():
-        call = _PreferenceLoss.apply if torch.is_grad_enabled() else _computed
-        losses, _, statistics = call(form, *args)
-    else:
-        coefficients = list(form[2:])
-        losses, _, statistics = _preference_loss(form.kind, form.average, coefficients, *args)
     names = PAIR_STATISTICS if form.paired else KTO_STATISTICS
+    if plain(logp):
+        differentiable = torch.is_grad_enabled() and logp.requires_grad
+        call = _PreferenceLoss.apply if differentiable else _computed
+        losses, _, statistics = call(form, *args)
+        return losses, Statistics(statistics, {name: row for row, name in enumerate(names)})
+    coefficients = list(form[2:])
+    losses, _, statistics = _preference_loss(form.kind, form.average, coefficients, *args)
     return losses, dict(zip(names, statistics.unbind(), strict=True))

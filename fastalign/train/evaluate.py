@@ -21,7 +21,6 @@ from fastalign import ops
 from fastalign.models import Policy, RewardEnsemble
 from fastalign.train import strict_json
 from fastalign.train.experience import Collector, Experience, spread
-from fastalign.train.reward_source import score_packed
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ def evaluate(
     if found.gold is not None:
         columns["reward/gold"] = found.gold
     if judge is not None:
-        scores = score_packed(judge, found.rollouts, collector.micro_tokens, collector.dtype)
-        held_out = judge.reduce(scores)
+        held_out = judge.reduce(collector.scores(found.rollouts, judge))
         columns["reward/held_out"] = held_out
         numbers |= spread("reward/held_out", held_out)
     by_prompt = {}

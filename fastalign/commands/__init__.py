@@ -1,1 +1,0 @@
-"""Commands that use trained models and train none: generate, bestofn, evaluate."""
