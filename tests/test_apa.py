@@ -8,43 +8,40 @@ from typing import Any
 
 import pytest
 import torch
+from learners import (
+    LENGTHS,
+    by_transformers,
+    experience_of,
+    learner_of,
+    signals,
+    some_rollouts,
+    tiny_policy,
+    unread,
+    updated,
+)
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastalign.models import Policy, RewardEnsemble
+from fastalign.models import RewardEnsemble, load_tokenizer
 from fastalign.rollout import Rollout, SamplingConfig, TransformersEngine
 from fastalign.testing import TOLERANCES
-from fastalign.train import apa
-from fastalign.train.experience import Collector, Experience
+from fastalign.train import apa, update
+from fastalign.train.critic import TrunkCritic
+from fastalign.train.experience import Collector, Experience, packed
 from fastalign.train.optim import Optimizer
 from fastalign.train.prompts import choose_prompts
-from fastalign.train.run import Run
+from fastalign.train.reward_source import make_reward
+from fastalign.train.update import Learner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLOAT32 = TOLERANCES[torch.float32].floor
 
 
-def tiny_policy(dropout=0.0):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=24,
-            attention_dropout=dropout,
-        )
-    )
-    return Policy(model, value_head=True)
-
-
 def one_token_answers(policy):
     """An experience of four one-token answers to one prompt, and their log-probs under `policy`."""
     rollouts = [Rollout(0, [5, 6], [token], [0.0], False) for token in (10, 11, 12, 13)]
     with torch.no_grad():
-        logp = policy.logprobs(apa.experience.packed(rollouts))[0]
+        logp = policy.logprobs(packed(rollouts))[0]
     scores = torch.zeros(4, 1)
     cu_seqlens = torch.arange(5).int()
     found = Experience(rollouts, cu_seqlens, logp, logp, scores, scores[:, 0], None, 12)
@@ -57,19 +54,18 @@ def test_apa_moves_logprobs_to_ref_plus_advantage_over_lambda(lambda_):
     policy = tiny_policy()
     found, start = one_token_answers(policy)
     advantages = torch.tensor([0.5, -0.5, 0.25, 0.0])
-    tokens = {"advantages": advantages, "ref_logp": start, "returns": torch.zeros(4)}
+    tokens = signals(advantages=advantages, ref_logp=start, returns=torch.zeros(4))
     config = apa.APAConfig(lambda_=lambda_, epochs=1, lr=3e-3, value_lr=3e-3, warmup=0.0)
-    optimizer = Optimizer(config, policy, 1)
-    run = Run(config, "apa", 1)
+    learner = learner_of(policy, apa.APA(config))
 
     def change():
         return one_token_answers(policy)[1] - start
 
-    first = apa.update(run, 1, policy, optimizer, found, tokens, config)
+    first = updated(learner, 1, found, tokens)
     assert first["loss/policy"] == pytest.approx((advantages / lambda_).square().mean().item())
     assert torch.equal(change()[:3].sign(), advantages[:3].sign())
     for step in range(2, 300):
-        last = apa.update(run, step, policy, optimizer, found, tokens, config)
+        last = updated(learner, step, found, tokens)
     assert last["loss/policy"] < 1e-4
     assert (change() - advantages / lambda_).abs().max() < 0.02
     # Equation check with numbers: lambda 0.5 doubles the probability's log-ratio of lambda 1.
@@ -89,18 +85,25 @@ def test_the_reward_stands_on_the_last_token():
     found = Experience(rollouts, cu_seqlens, logp, ref_logp, scores, scores[:, 0], None, 7)
     # pi sampled at log-prob 0, pi_init gives -6 and -4: KL(pi || pi_init) is +5 a response.
     assert found.metrics()["kl/k1"] == 5.0
-    config = apa.APAConfig(gamma=1.0, lam=1.0, whiten=False)
-    tokens, metrics = apa.learn_from(found, policy, scores[:, 0], config)
+    config = apa.APAConfig(gamma=1.0, lam=1.0, whiten=False, scale_reward=False)
+
+    def learn(**changes):
+        method = apa.APA(dataclasses.replace(config, **changes))
+        values = learner_of(policy, method).values(found, unread())
+        signal = method.signal(found, values, 0.0)
+        return signal.tokens, signal.metrics
+
+    tokens, metrics = learn()
     assert tokens["advantages"].tolist() == [2.0, 2.0, 2.0, -1.0]
     assert tokens["returns"].tolist() == [2.0, 2.0, 2.0, -1.0]
     assert metrics["advantage/std"] == pytest.approx(1.5)
     assert metrics["value/explained_variance"] == pytest.approx(0.0)
     assert torch.equal(tokens["ref_logp"], ref_logp)  # pi_init's, never the sampler's
-    short, _ = apa.learn_from(found, policy, scores[:, 0], dataclasses.replace(config, lam=0.5))
+    short, _ = learn(lam=0.5)
     assert short["advantages"].tolist() == [0.5, 1.0, 2.0, -1.0]
-    half, _ = apa.learn_from(found, policy, scores[:, 0], dataclasses.replace(config, gamma=0.5))
+    half, _ = learn(gamma=0.5)
     assert half["advantages"].tolist() == [0.5, 1.0, 2.0, -1.0]
-    white, _ = apa.learn_from(found, policy, scores[:, 0], dataclasses.replace(config, whiten=True))
+    white, _ = learn(whiten=True)
     assert white["advantages"].mean().item() == pytest.approx(0.0, abs=10 * FLOAT32)
     assert torch.equal(white["returns"], tokens["returns"])
     assert found.per_response(torch.tensor([1.0, 2.0, 4.0, 8.0])).tolist() == [7.0, 8.0]
@@ -130,42 +133,6 @@ def test_the_order_of_prompts_is_drawn_once_an_epoch(monkeypatch):
 
 
 # --- one update ---------------------------------------------------------------------------------
-
-
-def some_rollouts():
-    """Six responses of one to five tokens to three prompts."""
-    draw = torch.Generator().manual_seed(3)
-
-    def tokens(n):
-        return torch.randint(24, (n,), generator=draw).tolist()
-
-    return [
-        Rollout(i % 3, [5, 6, 7][: 1 + i % 3], tokens(n), [0.0] * n, True)
-        for i, n in enumerate((1, 5, 2, 3, 4, 2))
-    ]
-
-
-def by_transformers(policy, rollouts, temperature):
-    """Log-probs of the response tokens, each sequence alone, without dropout."""
-    from fastalign.models.attention import attention
-
-    was_training = policy.training
-    policy.eval()
-    rows = []
-    with torch.no_grad(), attention(policy.model, "eager"):
-        for r in rollouts:
-            logits = policy.model(input_ids=torch.tensor([r.prompt + r.completion])).logits[0]
-            logp = (logits / temperature).log_softmax(-1)[len(r.prompt) - 1 : -1]
-            rows.append(logp.gather(1, torch.tensor(r.completion)[:, None])[:, 0])
-    policy.train(was_training)
-    return torch.cat(rows)
-
-
-def experience_of(rollouts, ref_logp):
-    ends = torch.tensor([0] + [len(r.completion) for r in rollouts]).cumsum(0).int()
-    scores = torch.zeros(len(rollouts), 1)
-    tokens = sum(len(r.prompt) + len(r.completion) for r in rollouts)
-    return Experience(rollouts, ends, ref_logp, ref_logp, scores, scores[:, 0], None, tokens)
 
 
 def collector_of(policy, temperature):
@@ -200,15 +167,14 @@ def test_an_update_sees_the_logprobs_that_pi_init_and_the_sampler_gave(dropout, 
         epochs=2, lr=0.0, value_lr=0.0, batch_tokens=16, sampling=collector.sampling
     )
     zeros = torch.zeros(17)
-    tokens = {"advantages": zeros, "ref_logp": ref_logp, "returns": zeros}
-    optimizer = Optimizer(config, policy, 1)
-    found = experience_of(rollouts, ref_logp)
-    numbers = apa.update(Run(config, "apa", 1), 1, policy, optimizer, found, tokens, config)
+    tokens = signals(advantages=zeros, ref_logp=ref_logp, returns=zeros)
+    found, learner = experience_of(rollouts, ref_logp), learner_of(policy, apa.APA(config))
+    numbers = updated(learner, 1, found, tokens)
     assert numbers["loss/policy"] < (10 * FLOAT32) ** 2
     assert numbers["entropy"] == pytest.approx(entropy.mean().item(), rel=0.1)
     # The same loss where it is known: pi_init one nat below is an error of 1 on every token.
     tokens["ref_logp"] = ref_logp - 1.0
-    numbers = apa.update(Run(config, "apa", 1), 1, policy, optimizer, found, tokens, config)
+    numbers = updated(learner, 1, found, tokens)
     assert numbers["loss/policy"] == pytest.approx(1.0, abs=100 * FLOAT32)
 
 
@@ -216,25 +182,25 @@ def test_micro_batches_add_up_to_the_batch(monkeypatch):
     """Gradients, losses and updates of one pass of 10,000 tokens and of passes of 6."""
     rollouts = some_rollouts()
     found = experience_of(rollouts, torch.linspace(-3, -2, 17))
-    tokens = {
-        "advantages": torch.linspace(-1, 1, 17),
-        "ref_logp": found.ref_logp,
-        "returns": torch.linspace(-2, 1, 17),
-    }
+    tokens = signals(
+        advantages=torch.linspace(-1, 1, 17),
+        ref_logp=found.ref_logp,
+        returns=torch.linspace(-2, 1, 17),
+    )
     runs = []
     for micro_tokens in (10_000, 6):
         config = apa.APAConfig(epochs=2, lr=0.0, value_lr=0.0, batch_tokens=18)
         config.micro_tokens = micro_tokens
         policy = tiny_policy()
         grads: list[torch.Tensor] = []
-        optimizer = Optimizer(config, policy, 1)
+        learner = learner_of(policy, apa.APA(config))
 
-        def record(*args, optimizer=optimizer, policy=policy, grads=grads):
+        def record(*args, optimizer=learner.optimizer, policy=policy, grads=grads):
             grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
             return Optimizer.update(optimizer, *args)
 
-        monkeypatch.setattr(optimizer, "update", record)
-        numbers = apa.update(Run(config, "apa", 1), 1, policy, optimizer, found, tokens, config)
+        monkeypatch.setattr(learner.optimizer, "update", record)
+        numbers = updated(learner, 1, found, tokens)
         runs.append((grads, numbers))
     (whole, numbers), (parts, again) = runs
     assert len(whole) == len(parts) >= 4  # two or more updates in each of two epochs
@@ -249,12 +215,11 @@ def test_values_are_those_of_the_state_before_each_token():
     torch.nn.init.normal_(policy.value_head.down.weight)
     policy.train()
     found = experience_of(rollouts, torch.zeros(17))
-    values = apa._values(policy, found, apa.APAConfig(micro_tokens=9))
+    values = learner_of(policy, apa.APA(apa.APAConfig(micro_tokens=9))).values(found, unread())
     policy.eval()
     with torch.no_grad():
         alone = [
-            policy.values(policy.hidden(apa.experience.packed([r])))[len(r.prompt) - 1 : -1]
-            for r in rollouts
+            policy.values(policy.hidden(packed([r])))[len(r.prompt) - 1 : -1] for r in rollouts
         ]
     assert (values - torch.cat(alone)).abs().max() < 100 * FLOAT32
     assert values.std() > 0.01
@@ -264,19 +229,18 @@ def test_the_critic_learns_the_returns():
     policy, rollouts = tiny_policy(), some_rollouts()
     found = experience_of(rollouts, torch.zeros(17))
     returns = torch.linspace(-1, 1, 17)
-    tokens = {
-        "advantages": torch.zeros(17),
-        "ref_logp": by_transformers(policy, rollouts, 1.0),
-        "returns": returns,
-    }
+    tokens = signals(
+        advantages=torch.zeros(17),
+        ref_logp=by_transformers(policy, rollouts, 1.0),
+        returns=returns,
+    )
     config = apa.APAConfig(epochs=1, lr=1e-3, value_lr=1e-2, warmup=0.0)
-    optimizer = Optimizer(config, policy, 1, {"value_head": 1e-2})
-    run = Run(config, "apa", 1)
-    first = apa.update(run, 1, policy, optimizer, found, tokens, config)
+    learner = learner_of(policy, apa.APA(config))
+    first = updated(learner, 1, found, tokens)
     assert first["loss/value"] == pytest.approx(0.5 * returns.square().mean().item())
     assert first["loss"] == pytest.approx(first["loss/policy"] + first["loss/value"])
     for step in range(2, 100):
-        last = apa.update(run, step, policy, optimizer, found, tokens, config)
+        last = updated(learner, step, found, tokens)
     # Not to 0: responses to one prompt share their first state, and differ in the return.
     assert last["loss/value"] < 0.4 * first["loss/value"]
 
@@ -285,16 +249,17 @@ def test_vf_coef_weighs_the_value_loss():
     """Gradients are linear in it: those of 3 are those of 1 and twice the step from 0 to 1."""
     rollouts = some_rollouts()
     found = experience_of(rollouts, torch.zeros(17))
-    pack_ = apa.experience.packed(rollouts)
-    inputs = {
-        "advantages": torch.linspace(-1, 1, 17),
-        "ref_logp": found.ref_logp,
-        "returns": torch.linspace(-2, 1, 17),
-    }
+    pack_ = packed(rollouts)
+    inputs = signals(
+        advantages=torch.linspace(-1, 1, 17),
+        ref_logp=found.ref_logp,
+        returns=torch.linspace(-2, 1, 17),
+    )
     grads = {}
     for coef in (0.0, 1.0, 3.0):
         policy = tiny_policy().eval()
-        apa.backward(policy, pack_, inputs, 17, apa.APAConfig(vf_coef=coef))
+        learner = learner_of(policy, apa.APA(apa.APAConfig(vf_coef=coef)))
+        learner.backward(learner.method.loss(0.0), pack_, inputs, LENGTHS, 17, 17)
         grads[coef] = torch.cat([p.grad.flatten() for p in policy.parameters()])
     of_critic = grads[1.0] - grads[0.0]
     assert of_critic.abs().max() > 1e-2
@@ -311,17 +276,20 @@ def test_an_update_never_reads_the_device(monkeypatch):
         asked.update(options, rows=hidden.shape[0], targets=targets.shape[0])
         logp = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
         total = loss(logp, None, **inputs).sum() / options["normalizer"]
-        return SimpleNamespace(loss=total, logp=logp, entropy=logp)
+        return SimpleNamespace(loss=total, logp=logp, entropy=logp, metrics={"ratio": total})
 
-    monkeypatch.setattr(apa.ops, "linear_loss", head)
-    everything = (tiny_policy().eval(), apa.experience.packed(some_rollouts()), torch.zeros(17))
+    monkeypatch.setattr(update.ops, "linear_loss", head)
+    everything = (tiny_policy().eval(), packed(some_rollouts()), torch.zeros(17))
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         policy, pack_, zeros = copy.deepcopy(everything)
-    inputs = {"advantages": zeros, "ref_logp": zeros, "returns": zeros}
+    inputs = signals(advantages=zeros, ref_logp=zeros, returns=zeros)
     with mode:
-        parts, seen = apa.backward(policy, pack_, inputs, 17, apa.APAConfig())
-    assert parts.shape == (3,) and seen["logp"].shape == (17,)
+        config, unused = apa.APAConfig(), policy
+        learner = Learner(config, apa.APA(config), policy, TrunkCritic(policy), unused, unused)
+        loss = learner.method.loss(0.0)
+        parts, seen = learner.backward(loss, pack_, inputs, LENGTHS, 17, 17)
+    assert all(part.dim() == 0 for part in parts.values()) and seen["logp"].shape == (17,)
     assert asked["ignore_index"] is None and (asked["rows"], asked["targets"]) == (17, 17)
     assert all(p.grad is not None for p in policy.parameters())
 
@@ -360,7 +328,7 @@ def test_rewards_are_scaled_by_their_deviation(road, tmp_path):
 
 def test_the_statistic_asked_for_is_the_one_maximised(road, tmp_path):
     config = apa.APAConfig(reward=str(road / "reward" / "model"), policy=str(road / "sft/model"))
-    tokenizer = apa.load_tokenizer(config.policy)
+    tokenizer = load_tokenizer(config.policy)
     scores = torch.tensor([[1.0, 4.0, 1.0]])
     saved = RewardEnsemble.load(config.reward).config
     for changes, expected in (
@@ -369,7 +337,9 @@ def test_the_statistic_asked_for_is_the_one_maximised(road, tmp_path):
         ({"statistic": "lcb", "coef": 2.0}, 2.0 - 2.0 * 3.0**0.5),
         ({"statistic": "uwo"}, 2.0 - saved.coef * 3.0),
     ):
-        ensemble = apa.load_reward(dataclasses.replace(config, **changes), tokenizer)
+        asked = dataclasses.replace(config, **changes)
+        ensemble = make_reward(asked, tokenizer, torch.device("cpu")).ensemble
+        assert ensemble is not None
         assert ensemble.reduce(scores).item() == pytest.approx(expected)
         assert not any(p.requires_grad for p in ensemble.parameters())
     line, evaluation = run_apa(tmp_path / "apa", road, statistic="min")

@@ -1,5 +1,7 @@
 """Packed attention: a pack gives what a padded batch gives, and its sequences do not meet."""
 
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -8,15 +10,18 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Mistral
 
 from fastalign.data.packing import pack
 from fastalign.errors import UserError
+from fastalign.models import attention_kernels
 from fastalign.models.attention import (
     NAME,
-    _varlen,
     attention,
+    check_packed,
     packed_attention,
     packed_hidden,
     register,
 )
+from fastalign.models.attention_kernels import KERNELS, chosen, installed, using
 from fastalign.testing import assert_no_worse
+from fastalign.train.optim import OptimConfig
 
 SEQUENCES = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [20, 19, 18, 17, 16]]
 SMALL: dict[str, Any] = {
@@ -118,18 +123,22 @@ def test_a_causal_trunk_does_not_see_the_future_and_an_encoder_does():
         assert torch.equal(one, two) is equal
 
 
-def test_no_mask_of_tokens_by_tokens_is_made(monkeypatch):
-    """The cost is the sum of squares: what SDPA gets is one sequence at a time and no mask."""
+def test_no_mask_of_tokens_by_tokens_is_made_and_like_lengths_share_a_call(monkeypatch):
+    """The cost is the sum of squares: what SDPA gets are sequences, no mask, no padding."""
     seen = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None, **options):
-        seen.append((q.shape[2], attn_mask))
+        seen.append((q.shape[0], q.shape[2], attn_mask))
         return plain(q, k, v, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     packed_hidden(trunk("llama"), pack(SEQUENCES))
-    assert seen == [(3, None), (1, None), (11, None), (5, None)] * 2
+    assert seen == [(1, 3, None), (1, 1, None), (1, 11, None), (1, 5, None)] * 2
+    seen.clear()
+    long = [7] * 129  # a long one has enough to do by itself
+    packed_hidden(trunk("llama"), pack([[1, 2, 3], [4], long, [5, 6, 7], long, [8, 9, 10]]))
+    assert seen == [(3, 3, None), (1, 1, None), (1, 129, None), (1, 129, None)] * 2
 
 
 def test_a_sliding_window_shorter_than_a_sequence_is_refused():
@@ -162,16 +171,20 @@ def test_what_packed_attention_cannot_do_is_refused():
     assert out.shape == (1, 4, 2, 8)
 
 
+# --- the kernels, on the same packed queries, keys and values ------------------------------------
+
+LENGTHS = [3, 1, 11, 5, 3, 130, 3, 1, 130]
+
+
 def ragged(heads, kv_heads, dtype=torch.float32, device="cpu"):
     g = torch.Generator().manual_seed(2)
-    lengths = [3, 1, 11, 5]
-    q, k, v = (
-        torch.randn(1, h, 20, 16, generator=g).to(device, dtype)
+    tensors = [
+        torch.randn(1, h, sum(LENGTHS), 16, generator=g).to(device, dtype)
         for h in (heads, kv_heads, kv_heads)
-    )
-    cu = torch.tensor([0, 3, 4, 15, 20], dtype=torch.int32, device=device)
-    segments = {"cu_seq_lens_q": cu, "max_length_q": 11, "segment_lengths": lengths}
-    return (q, k, v), segments
+    ]
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0).to(device, torch.int32)
+    segments = {"cu_seq_lens_q": cu, "max_length_q": max(LENGTHS), "segment_lengths": LENGTHS}
+    return tensors, segments
 
 
 def attend(qkv, segments, **options):
@@ -179,60 +192,181 @@ def attend(qkv, segments, **options):
     return packed_attention(torch.nn.Identity(), query, key, value, None, **segments, **options)[0]
 
 
+def alone(qkv, segments, scaling, is_causal):
+    """Each sequence by itself, keys and values of shared heads written out; [1, N, heads, d]."""
+    query, key, value = qkv
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    rows = [t.split(LENGTHS, dim=2) for t in (query, key, value)]
+    out = []
+    for q, k, v in zip(*rows, strict=True):
+        scores = q @ k.transpose(2, 3) * scaling
+        if is_causal:
+            n = q.shape[2]
+            scores = scores.masked_fill(
+                ~torch.ones(n, n, device=q.device).tril().bool(), -torch.inf
+            )
+        out.append(scores.softmax(-1) @ v)
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def with_gradients(attention_, tensors, segments, **options):
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    out = attention_(leaves, segments, **options)
+    out.square().sum().backward()
+    return [out.detach(), *(t.grad for t in leaves)]
+
+
+def compare(made, causal):
+    qkv, segments = made
+    options = {"scaling": 0.4, "is_causal": causal}
+    ours = with_gradients(attend, qkv, segments, **options)
+    eager = with_gradients(alone, qkv, segments, **options)
+    truth = with_gradients(alone, [t.double() for t in qkv], segments, **options)
+    assert ours[0].shape == (1, sum(LENGTHS), 4, 16)
+    for found, plain, true in zip(ours, eager, truth, strict=True):
+        assert_no_worse(found, plain, true, qkv[0].dtype, grad=True)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("signature", ["window", "is_causal"])
-def test_what_flash_attention_is_given(monkeypatch, signature, kv_heads, causal):
-    """torch's ragged attention needs CUDA; one with its two signatures stands in for it here."""
-
-    def by_rows(q, k, v, cu, causal, scale):
-        out = []
-        for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
-            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
-            if causal:
-                scores = scores.masked_fill(~torch.ones(b - a, b - a).tril().bool(), -torch.inf)
-            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
-        return torch.cat(out)
-
-    def newer(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
-    ):
-        assert (max_q, max_k) == (11, 11) and torch.equal(cu_seq_q, cu_seq_k)
-        return by_rows(query, key, value, cu_seq_q, window_size == (-1, 0), scale)
-
-    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-        assert (max_q, max_k) == (11, 11) and torch.equal(cu_seq_q, cu_seq_k)
-        return by_rows(query, key, value, cu_seq_q, is_causal, query.shape[-1] ** -0.5)
-
-    stand_in = newer if signature == "window" else older
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
-    qkv, segments = ragged(4, kv_heads)
-    options = {"scaling": 0.4, "is_causal": causal}
-    eager = attend(qkv, segments, **options)
-    truth = attend([t.double() for t in qkv], segments, **options)
-    query, key, value = qkv
-    ours = _varlen(query, key, value, segments["cu_seq_lens_q"], 11, 0.4, causal)
-    assert ours.shape == (1, 20, 4, 16)
-    assert_no_worse(ours, eager, truth, torch.float32)
+def test_sdpa_equals_sequences_alone(kv_heads, causal):
+    compare(ragged(4, kv_heads), causal)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_flash_attention_equals_segment_by_segment(dtype, kv_heads, causal):
-    (q, k, v), segments = ragged(4, kv_heads, dtype, "cuda")
-    options = {"scaling": 0.25, "is_causal": causal}
-    on_cpu = segments | {"cu_seq_lens_q": segments["cu_seq_lens_q"].cpu()}
-    results = []
-    for tensors, where in (
-        ((q, k, v), segments),
-        ((q.cpu(), k.cpu(), v.cpu()), on_cpu),
-        ((q.double().cpu(), k.double().cpu(), v.double().cpu()), on_cpu),
-    ):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        out = attend(leaves, where, **options)
-        out.square().sum().backward()
-        results.append([out.detach(), *(t.grad for t in leaves)])
-    for ours, eager, truth in zip(*results, strict=True):
-        assert_no_worse(ours, eager, truth, dtype, grad=True)
+@pytest.mark.parametrize("name", ["auto", *KERNELS])
+def test_every_kernel_that_is_there_equals_sequences_alone(name, dtype, kv_heads, causal):
+    if not installed(name):
+        pytest.skip(f"{name} is not installed")
+    with using(name):
+        compare(ragged(4, kv_heads, dtype, "cuda"), causal)
+
+
+def by_rows(q, k, v, cu, causal, scale):
+    """What a ragged kernel computes: [N, heads, d], any number of heads of keys and values."""
+    out = []
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
+        if causal:
+            scores = scores.masked_fill(~torch.ones(b - a, b - a).tril().bool(), -torch.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
+    return torch.cat(out)
+
+
+def varlen_now(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+):
+    assert enable_gqa is (query.shape[1] != key.shape[1])
+    assert (max_q, max_k) == (130, 130) and torch.equal(cu_seq_q, cu_seq_k)
+    return by_rows(query, key, value, cu_seq_q, window_size == (-1, 0), scale)
+
+
+def varlen_before(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    assert query.shape == key.shape and (max_q, max_k) == (130, 130)
+    return by_rows(query, key, value, cu_seq_q, is_causal, query.shape[-1] ** -0.5)
+
+
+def flash(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    *,
+    softmax_scale=None,
+    causal=False,
+):
+    assert (max_seqlen_q, max_seqlen_k) == (130, 130) and cu_seqlens_q is cu_seqlens_k
+    return by_rows(q, k, v, cu_seqlens_q, causal, softmax_scale)
+
+
+def flash_with_lse(*args, **options):
+    return flash(*args, **options), torch.zeros(1)
+
+
+STAND_INS: dict[str, Any] = {
+    "varlen": ("torch.nn.attention.varlen", varlen_now),
+    "varlen before": ("torch.nn.attention.varlen", varlen_before),
+    "flash2": ("flash_attn", flash),
+    "flash4": ("flash_attn.cute", flash),
+    "flash4 with lse": ("flash_attn.cute", flash_with_lse),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", STAND_INS)
+def test_what_ragged_kernels_are_given(monkeypatch, name, kv_heads, causal):
+    """They need CUDA; a function with the signature of each stands in for it here."""
+    module, stand_in = STAND_INS[name]
+    name = name.split()[0]
+    if name == "varlen":
+        monkeypatch.setattr(f"{module}.varlen_attn", stand_in)
+    else:
+        for part in ("flash_attn", "flash_attn.cute"):
+            made = types.ModuleType(part)
+            if part == module:
+                made.flash_attn_varlen_func = stand_in  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, part, made)
+    monkeypatch.setattr(attention_kernels, "chosen", lambda query, dropout: name)
+    compare(ragged(4, kv_heads), causal)
+
+
+def test_a_kernel_asked_for_by_name_runs_or_says_why_not(monkeypatch):
+    qkv, segments = ragged(4, 4)
+    with pytest.raises(UserError, match="unknown attention 'flash3': expected auto, sdpa, varlen"):
+        OptimConfig(attention="flash3")
+    for name, package in (("flash2", "flash-attn"), ("flash4", "flash-attn-4")):
+        monkeypatch.setattr(attention_kernels, "find_spec", lambda _: None)
+        assert not installed(name)
+        with pytest.raises(UserError, match=f"attention {name} needs {package}, which is not"):
+            OptimConfig(attention=name)
+    with using("varlen"):
+        with pytest.raises(UserError, match="attention varlen: expected CUDA tensors of float16"):
+            attend(qkv, segments)
+        # A model is loaded and checked all the same: on a CPU, say, before it goes to the GPU.
+        register()
+        check_packed(
+            (model := trunk("llama")),
+            lambda packed: packed_hidden(model, packed),
+            lambda ids: model(input_ids=ids).last_hidden_state,
+        )
+    assert attend(qkv, segments).shape == (1, sum(LENGTHS), 4, 16)
+    for low in (torch.bfloat16, torch.float16):
+        fits: Any = types.SimpleNamespace(is_cuda=True, dtype=low, device=torch.device("cuda"))
+        assert (chosen(fits, 0.0), chosen(fits, 0.1)) == ("varlen", "sdpa")
+        with using("sdpa"):
+            assert chosen(fits, 0.0) == "sdpa"
+
+
+def test_which_kernel_runs_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr("fastalign.models.attention._announced", set())
+    qkv, segments = ragged(4, 4)
+    model = trunk("llama")
+    with caplog.at_level("INFO", logger="fastalign"):
+        check_packed(
+            model,
+            lambda packed: packed_hidden(model, packed),
+            lambda ids: model(input_ids=ids).last_hidden_state,
+        )
+        assert caplog.messages == []  # a look at the model, before it is where it will run
+        for _ in range(2):
+            attend(qkv, segments)
+    assert caplog.messages == ["packed attention: sdpa (cpu, torch.float32)"]

@@ -19,6 +19,7 @@ from fastalign.testing import TOLERANCES
 from fastalign.train import apa, strict_json
 from fastalign.train.evaluate import Evaluation, Evaluations, evaluate, standard_error
 from fastalign.train.experience import Collector
+from fastalign.train.reward_source import Scored, score_packed
 from fastalign.train.run import Run, RunConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,8 +79,14 @@ def setting(gold=None):
     ensemble = RewardEnsemble(model(2).model, EnsembleConfig(n_heads=3, statistic="min")).eval()
     judge = RewardEnsemble(model(3).model, EnsembleConfig(n_heads=2, head_seed=9)).eval()
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+
+    def score(rollouts, prompt_texts, response_texts):
+        scores = score_packed(ensemble, rollouts, 9, "float32")
+        return Scored(ensemble.reduce(scores), scores, {})
+
+    reward: Any = SimpleNamespace(ensemble=ensemble, score=score)
     collector = Collector(
-        Fixed(policy), reference, ensemble, tokenizer, SamplingConfig(), 9, "float32", gold
+        Fixed(policy), reference, reward, tokenizer, SamplingConfig(), 9, "float32", gold
     )
     return policy, reference, ensemble, judge, collector
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastalign.data.formats import Prompt
 from fastalign.data.tokens import TokenizedCompletion, TokenizedPrompt
 from fastalign.train import sft
 from fastalign.train.folder import options_of
@@ -60,7 +61,8 @@ def test_data_are_known_by_their_contents():
     assert len(set(digests)) == len(digests)
     assert data_digest([dataclasses.replace(e) for e in base]) == digests[0]
     assert digests[0].startswith("2 examples, ")
-    assert data_digest([TokenizedPrompt([1], "a")]) != data_digest([TokenizedPrompt([1], "b")])
+    prompts = [TokenizedPrompt([1], text, Prompt("a", "file.jsonl:1")) for text in ("a", "b")]
+    assert data_digest(prompts[:1]) != data_digest(prompts[1:])
 
 
 def test_weights_are_known_by_their_bits():

@@ -8,7 +8,7 @@ from fastalign import losses, ops
 from fastalign.data.packing import pack
 from fastalign.data.tokenizer import train_tokenizer
 from fastalign.errors import UserError
-from fastalign.models import Policy
+from fastalign.models import Policy, attention_kernels
 from fastalign.models.recompute import recompute_activations
 from fastalign.train.optim import OptimConfig
 from fastalign.train.setup import load_policy
@@ -127,6 +127,12 @@ def test_a_policy_is_loaded_as_the_configuration_says(tokenizer):
         assert all(
             torch.equal(a, b) for a, b in zip(policy.parameters(), plain.parameters(), strict=True)
         )
+
+
+def test_the_attention_kernel_is_the_configurations(tokenizer):
+    for name in ("sdpa", "auto"):
+        load_policy(OptimConfig(attention=name), "scratch:1m", tokenizer, device=CPU)
+        assert attention_kernels._asked == name
 
 
 def test_a_model_without_layers_is_refused():

@@ -57,7 +57,8 @@ KEYS = {
     | POLICY
     | HEADS
     | PHASES
-    | {"loss/policy", "loss/value", "value/explained_variance", "advantage/std"},
+    | {"loss/policy", "loss/value", "value/explained_variance", "advantage/std"}
+    | {"policy/residual", "policy/ref_k1", "policy/ref_k3", "sampling_gap"},
     ("apa", "eval"): COMMON | POLICY | HEADS | ERRORS | {"n", "sampling_gap"},
 }
 

@@ -50,10 +50,12 @@ class TokenizedCompletion:
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """``text`` is the prompt as the model reads it, chat template applied."""
+    """``text`` is the prompt as the model reads it, chat template applied; ``record`` what it was
+    made from."""
 
     prompt: list[int]
     text: str
+    record: Prompt
 
 
 def tokenize_preferences(
@@ -140,7 +142,7 @@ def tokenize_prompts(
         if _prompt_fits(ids, max_prompt_length, record.source, report):
             spelling.note(report, record.source, record.prompt)
             written = text if isinstance(record.prompt, str) else spelling.unmarked(text)
-            kept.append(TokenizedPrompt(ids, written))
+            kept.append(TokenizedPrompt(ids, written, record))
     return _finish(kept, report)
 
 

@@ -2,58 +2,32 @@
 
 A pack is one row of N tokens: sequence after sequence, `cu_seqlens` marking where each begins, no
 padding. The cost is the sum of the squares of the lengths, never the square of the sum: no N x N
-mask is made. CUDA with fp16/bf16 takes torch's `varlen_attn` (FlashAttention); everything else
-takes SDPA segment by segment. Which one runs is logged once.
+mask is made. What computes it is `attention_kernels`' to say; which one runs is logged once.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalign.errors import UserError
+from fastalign.models import attention_kernels
 
 NAME = "fastalign_packed"
 log = logging.getLogger("fastalign")
 _announced: set[str] = set()
+_trying = False  # check_packed is at work, which says nothing of what will run
 
 
 def _announce(what: str) -> None:
-    if what not in _announced:
+    if what not in _announced and not _trying:
         _announced.add(what)
         log.info("packed attention: %s", what)
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scale: float, causal: bool
-) -> Tensor:
-    """[1, heads, N, d] each -> [1, N, heads, d] by FlashAttention on the ragged rows."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    takes = inspect.signature(varlen_attn).parameters
-    if key.shape[1] != query.shape[1]:
-        repeat = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    options: dict[str, Any] = (
-        {"window_size": (-1, 0) if causal else (-1, -1)}
-        if "window_size" in takes
-        else {"is_causal": causal}
-    )
-    if "scale" in takes:
-        options["scale"] = scale
-    else:  # older signature: 1/sqrt(d) is built in, so fold the rest into the query
-        q = q * (scale * query.shape[-1] ** 0.5)
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
-    assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
 
 
 def packed_attention(
@@ -82,7 +56,7 @@ def packed_attention(
     Raises:
         ValueError: no segments were given.
         UserError: the model needs a sliding window shorter than a segment, a soft-cap or a position
-            bias, which packed attention does not have.
+            bias, which packed attention does not have; or the kernel asked for does not run here.
     """
     if cu_seq_lens_q is None or segment_lengths is None or max_length_q is None:
         raise ValueError("packed attention: expected cu_seq_lens_q, max_length_q, segment_lengths")
@@ -101,20 +75,13 @@ def packed_attention(
     if torch.is_autocast_enabled(kind):  # rotary embeddings leave queries and keys in fp32
         low = torch.get_autocast_dtype(kind)
         query, key, value = query.to(low), key.to(low), value.to(low)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
-        _announce("torch varlen_attn (FlashAttention)")
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, causal), None
-    _announce(f"SDPA segment by segment ({query.device.type}, {query.dtype})")
-    lengths = list(segment_lengths)
-    segments = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-    grouped = key.shape[1] != query.shape[1]
-    out = [
-        F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
-        for q, k, v in segments
-    ]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    name = attention_kernels.chosen(query, dropout)
+    _announce(f"{name} ({kind}, {query.dtype})")
+    options = {"dropout": dropout} if name == "sdpa" else {}
+    out = attention_kernels.KERNELS[name](
+        query, key, value, cu_seq_lens_q, segment_lengths, scale, causal, **options
+    )
+    return out, None
 
 
 @torch.no_grad()
@@ -140,7 +107,8 @@ def check_packed(
     sequences = [[i * 37 % vocab for i in range(3)], [(i * 53 + 1) % vocab for i in range(5)]]
     was_training = model.training
     model.eval()
-    together = packed(pack(sequences).to(device))
+    with _trial():
+        together = packed(pack(sequences).to(device))
     with attention(model, "sdpa"):
         apart = torch.cat([alone(torch.tensor([s], device=device))[0] for s in sequences])
     model.train(was_training)
@@ -150,6 +118,19 @@ def check_packed(
             f"{type(model).__name__}: a pack does not give what its sequences give one by one "
             f"(relative difference {error:.2g}); such models are not supported"
         )
+
+
+@contextmanager
+def _trial() -> Iterator[None]:
+    """Inside, packs go through SDPA, which takes any dtype and device: it is the model that is
+    asked here, not a kernel."""
+    global _trying
+    _trying = True
+    try:
+        with attention_kernels.using("sdpa"):
+            yield
+    finally:
+        _trying = False
 
 
 @contextmanager

@@ -100,6 +100,8 @@ def _parts(model: Any) -> tuple[Any, Tensor]:
     """The `transformers` model, and the weight of the head."""
     if hasattr(model, "encoder") and hasattr(model, "weight"):
         return model.encoder, model.weight
+    if hasattr(model, "trunk"):
+        return model.trunk, next(model.head.parameters())
     if hasattr(model, "head_weight"):
         return model.model, model.head_weight
     return model, model.get_output_embeddings().weight

@@ -115,9 +115,18 @@ def comparison_rows(evaluation: dict[str, Any]) -> list[Row]:
             "nats / response",
             "mean of r − 1 − log r, r = π_SFT/π; never negative",
         ),
+        (
+            "kl/exact",
+            "KL to SFT, exact per token",
+            "nats / response",
+            "summed over the vocabulary at every state visited; least variance",
+        ),
         ("entropy", "Entropy", "nats / token", "of the next-token distribution"),
         ("length", "Response length", "tokens", ""),
         ("finished", "Finished", "fraction", "responses that end with the end token"),
+        ("distinct/1", "Distinct tokens", "fraction", "different tokens over all tokens"),
+        ("distinct/2", "Distinct pairs", "fraction", "different pairs of tokens over all pairs"),
+        ("distinct/answers", "Distinct answers", "fraction", "different answers to a prompt"),
         (
             "reward/disagreement",
             "Head disagreement",
@@ -168,6 +177,12 @@ def sentences(evaluation: dict[str, Any]) -> list[str]:
     if kl is not None and kl.after is not None:
         at = f" at {number(kl.after, kl.after_se)} nats per response of KL from the SFT model"
     said = [f"{name} {_moved(row)}{at}."]
+    won = (evaluation.get("win_rate") or {}).get(row.key)
+    if won is not None:
+        margin = ""
+        if won.get("low") is not None:
+            margin = f" ({100 * won['low']:.0f} to {100 * won['high']:.0f}% at 95%)"
+        said.append(f"By that reward it wins {100 * won['rate']:.0f}% of the pairs{margin}.")
     proxy = rows.get("reward/proxy")
     if row.key == "reward/proxy":
         said.append(

@@ -21,6 +21,7 @@ from fastalign import ops
 from fastalign.models import Policy, RewardEnsemble
 from fastalign.train import strict_json
 from fastalign.train.experience import Collector, Experience, spread
+from fastalign.train.reward_source import score_packed
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def evaluate(
     if found.gold is not None:
         columns["reward/gold"] = found.gold
     if judge is not None:
-        held_out = judge.reduce(collector.scores(found.rollouts, judge))
+        scores = score_packed(judge, found.rollouts, collector.micro_tokens, collector.dtype)
+        held_out = judge.reduce(scores)
         columns["reward/held_out"] = held_out
         numbers |= spread("reward/held_out", held_out)
     by_prompt = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fastalign import ops
 from fastalign.data.packing import Packed, pack, token_budget_batches
-from fastalign.models import Policy, RewardEnsemble
+from fastalign.models import Policy
 from fastalign.models.flops import forward_flops
 from fastalign.rollout import Engine, Rollout, SamplingConfig
 from fastalign.train.meter import Meter
+from fastalign.train.reward_source import RewardSource
 from fastalign.train.run import autocast
 
 Gold = Callable[[str, str], float]
@@ -33,10 +34,11 @@ class Experience:
     cu_seqlens: Tensor  # int32 [S + 1]
     logp: Tensor  # fp32 [N], of the sampled tokens, from sampling
     ref_logp: Tensor  # fp32 [N], under pi_init
-    scores: Tensor  # fp32 [S, K], reward heads
-    proxy: Tensor  # fp32 [S], the ensemble's statistic
+    scores: Tensor | None  # fp32 [S, K], reward heads, where the reward has some
+    proxy: Tensor  # fp32 [S], the reward
     gold: Tensor | None  # fp64 [S]
     tokens: int  # of prompts and responses together
+    parts: dict[str, Tensor] = field(default_factory=dict)  # [S] each, whose sum the reward is
 
     @property
     def n_tokens(self) -> int:
@@ -52,6 +54,26 @@ class Experience:
         padded = torch.cat([per_token.new_zeros(1), per_token.cumsum(0)])
         return padded[self.cu_seqlens[1:].long()] - padded[self.cu_seqlens[:-1].long()]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of prompt and response of each."""
+        return [len(r.prompt) + len(r.completion) for r in self.rollouts]
+
+    @property
+    def finished(self) -> Tensor:
+        """bool [S]: whether the response came to its end-of-sequence token."""
+        return torch.tensor([r.finished for r in self.rollouts], dtype=torch.bool)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and lists of them only, for a checkpoint."""
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        return state | {"rollouts": [asdict(r) for r in self.rollouts]}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Experience:
+        """What `state_dict` was taken of."""
+        return cls(**(state | {"rollouts": [Rollout(**r) for r in state["rollouts"]]}))
+
     def metrics(self) -> dict[str, float]:
         """Rewards, and KL(pi || pi_init) per response by the k1 and the k3 estimator, in nats."""
         k1 = self.per_response(ops.kl_estimate(self.logp, self.ref_logp, kind="k1").double())
@@ -65,10 +87,14 @@ class Experience:
             "finished": sum(r.finished for r in self.rollouts) / len(self.rollouts),
         }
         found |= spread("reward/proxy", self.proxy)
-        if self.scores.shape[1] > 1:
-            found["reward/disagreement"] = self.scores.std(1).mean().item()
-        for k, mean in enumerate(self.scores.mean(0).tolist()):
-            found[f"reward/head_{k}"] = mean
+        if self.scores is not None:
+            if self.scores.shape[1] > 1:
+                found["reward/disagreement"] = self.scores.std(1).mean().item()
+            for k, mean in enumerate(self.scores.mean(0).tolist()):
+                found[f"reward/head_{k}"] = mean
+        if len(self.parts) > 1:
+            for name, part in self.parts.items():
+                found[f"reward/{name}"] = part.mean().item()
         if self.gold is not None:
             found["reward/gold"] = self.gold.mean().item()
             found |= spread("reward/gold", self.gold)
@@ -91,7 +117,7 @@ class Collector:
     Args:
         engine: samples from the policy.
         reference: pi_init, frozen.
-        ensemble: the reward, frozen.
+        reward: gives every response a number.
         tokenizer: makes text of responses, for the gold reward and for people.
         sampling: how to draw.
         micro_tokens: tokens of one forward pass.
@@ -103,14 +129,14 @@ class Collector:
         self,
         engine: Engine,
         reference: Policy,
-        ensemble: RewardEnsemble,
+        reward: RewardSource,
         tokenizer: Any,
         sampling: SamplingConfig,
         micro_tokens: int,
         dtype: str,
         gold: Gold | None,
     ) -> None:
-        self.engine, self.reference, self.ensemble = engine, reference, ensemble
+        self.engine, self.reference, self.reward = engine, reference, reward
         self.tokenizer, self.sampling, self.gold = tokenizer, sampling, gold
         self.micro_tokens, self.dtype = micro_tokens, dtype
 
@@ -125,7 +151,7 @@ class Collector:
         n_samples: int,
         meter: Meter | None = None,
     ) -> Experience:
-        """`n_samples` responses to each prompt; `texts` are the prompts for the gold reward.
+        """`n_samples` responses to each prompt; `texts` are the prompts for rewards that read.
 
         With a `meter`, the phases generate, score and reference are charged to it.
         """
@@ -142,15 +168,15 @@ class Collector:
                 # The reference has the policy's shape; a token is read once, keys and values kept.
                 meter.count(sum(lengths), flops=forward_flops(self.reference, lengths, n_tokens))
         with phase("score"):
-            scores = self.scores(rollouts, self.ensemble)
+            asked = [texts[r.prompt_index] for r in rollouts]
+            answered = [self.text(r.completion) for r in rollouts]
+            judged = self.reward.score(rollouts, asked, answered)
             gold = None
             if self.gold is not None:
-                gold = torch.tensor(
-                    [self.gold(texts[r.prompt_index], self.text(r.completion)) for r in rollouts],
-                    dtype=torch.float64,
-                )
-            if meter is not None:
-                meter.count(flops=forward_flops(self.ensemble, lengths, len(rollouts)))
+                pairs = zip(asked, answered, strict=True)
+                gold = torch.tensor([self.gold(*pair) for pair in pairs], dtype=torch.float64)
+            if meter is not None and self.reward.ensemble is not None:
+                meter.count(flops=forward_flops(self.reward.ensemble, lengths, len(rollouts)))
         with phase("reference"):
             ref_logp, _ = self.logprobs(self.reference, rollouts)
             if meter is not None:
@@ -161,23 +187,12 @@ class Collector:
             torch.cat([ends.new_zeros(1), ends]).int(),
             torch.tensor([x for r in rollouts for x in r.logp]),
             ref_logp,
-            scores,
-            self.ensemble.reduce(scores),
+            judged.scores,
+            judged.total,
             gold,
             sum(lengths),
+            judged.parts,
         )
-
-    @torch.no_grad()
-    def scores(self, rollouts: list[Rollout], ensemble: RewardEnsemble) -> Tensor:
-        """fp32 [S, K]: every head of `ensemble` on every response, read at its last token."""
-        ensemble.eval()
-        device = ensemble.weight.device
-        found = torch.empty(len(rollouts), ensemble.config.n_heads)
-        lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
-        for batch in token_budget_batches(lengths, self.micro_tokens):
-            with autocast(device, self.dtype):
-                found[batch] = ensemble(packed([rollouts[i] for i in batch]).to(device)).cpu()
-        return found
 
     @torch.no_grad()
     def logprobs(

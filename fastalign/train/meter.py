@@ -174,8 +174,9 @@ class Meter:
 
     def skip(self) -> None:
         """What passed since the last phase is no step's: reading a checkpoint."""
+        step, self._step = self._step, {}
         self._spend(self._phase)
-        self._step = {}
+        self._step = step
 
     def summary(self) -> dict[str, Any]:
         """For accounting.json: costs by phase and in all. Joules are NaN where nothing measured
@@ -198,15 +199,17 @@ class Meter:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Totals up to here: a resumed run adds to them."""
+        """Totals, and those of the step in progress, up to here: a resumed run adds to them."""
         self._spend(self._phase)
         return {
             "totals": {name: asdict(cost) for name, cost in self.totals.items()},
+            "step": {name: asdict(cost) for name, cost in self._step.items()},
             "resumes": self.resumes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.totals = {name: Cost(**cost) for name, cost in state["totals"].items()}
+        self._step = {name: Cost(**cost) for name, cost in state["step"].items()}
         self.resumes = state["resumes"] + 1
 
     # --- clocks ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastalign.models import attention_kernels
 from fastalign.models.lora import LoRAConfig
 from fastalign.train.run import Run, RunConfig, RunError, Stopped, at_least, first_non_finite
 
@@ -34,6 +35,9 @@ class OptimConfig(RunConfig):
     activation_checkpointing: bool = False
     """Keep only the input of each layer and run the layer again for the gradients: less memory, a
     third more time."""
+    attention: str = "auto"
+    """sdpa, varlen (torch's FlashAttention on CUDA), flash2 (the package flash-attn), flash4
+    (flash-attn-4), or auto: varlen in half precision on CUDA, sdpa elsewhere."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Low-rank adapters instead of all weights."""
 
@@ -45,6 +49,7 @@ class OptimConfig(RunConfig):
                 f"expected warmup <= 1, beta2 < 1 and grad_clip > 0, got {self.warmup}, "
                 f"{self.beta2} and {self.grad_clip}"
             )
+        attention_kernels.check(self.attention)
         if self.schedule not in SCHEDULES:
             raise RunError(
                 f"unknown schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}"

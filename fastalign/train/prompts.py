@@ -13,13 +13,13 @@ from fastalign.streams import stream
 from fastalign.train.run import RunError
 
 if TYPE_CHECKING:
-    from fastalign.train.apa import APAConfig
+    from fastalign.train.online import OnlineConfig
 
 log = logging.getLogger("fastalign")
 
 
 def load_prompts(
-    config: APAConfig, tokenizer: Any, room: int
+    config: OnlineConfig, tokenizer: Any, room: int
 ) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
     """Training and held-out prompts of at most `room` tokens."""
     records, report = source.prompts(config.prompts, config.split, config.lines, config.limit)
@@ -42,7 +42,7 @@ def load_prompts(
     return train, test
 
 
-def choose_prompts(n_prompts: int, config: APAConfig, step: int) -> list[int]:
+def choose_prompts(n_prompts: int, config: OnlineConfig, step: int) -> list[int]:
     """The prompts of a step: one shuffled pass over all of them after another."""
     chosen: list[int] = []
     first = (step - 1) * config.prompts_per_step

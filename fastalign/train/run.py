@@ -217,33 +217,40 @@ class Run:
         if phase == "train":
             self._screen.show(step, metrics)
 
-    def end_step(self, step: int) -> None:
+    def end_step(self, step: int, *, last: bool = False) -> None:
         """After every step: the checkpoint that is due, and the stop that was asked for.
+
+        `last`: whether the run ends here, before its total of steps.
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM came; the checkpoint is written.
             Stopped: the checkpoint cannot be written. Those before it stay.
         """
         self.step = step
+        due = last or step % self.config.checkpoint_every == 0 or step == self.total
+        self._save(step, f"step {step}", f"at step {step}", due)
+
+    def end_update(self, step: int, updates: int, every: int) -> None:
+        """After an update in the middle of `step`: as `end_step`, for a checkpoint every `every`
+        updates (0: none). It bears the number of the steps that are done, and replaces theirs."""
+        due = every > 0 and updates % every == 0
+        self._save(step - 1, f"step {step}", f"after update {updates} of step {step}", due)
+
+    def _save(self, step: int, place: str, stopped: str, due: bool) -> None:
+        """A checkpoint of so many steps, where it is due or a stop was asked for."""
         stop = self._signal
-        if stop is not None or step % self.config.checkpoint_every == 0 or step == self.total:
-            with self.meter.phase("checkpoint"), self._writing(f"step {step}: a checkpoint"):
-                # No step that a checkpoint covers may be missing, even where the power fails.
-                if (self.folder / "metrics.jsonl").exists():
-                    sync(self.folder / "metrics.jsonl")
-                saved = self.stateful.capture(step)
-                saved.state["meter"] = self.meter.state_dict()
-                saved.state["run"] = {
-                    "command": self.command,
-                    "options": options_of(self.config),
-                }
-                path = checkpoint.save(
-                    self.folder / "checkpoints", saved, self.config.keep_checkpoints
-                )
-            if stop is not None:
-                raise Interrupted(
-                    f"stopped at step {step}; go on with --resume (checkpoint {path})", stop
-                )
+        if stop is None and not due:
+            return
+        with self.meter.phase("checkpoint"), self._writing(f"{place}: a checkpoint"):
+            # No step that a checkpoint covers may be missing, even where the power fails.
+            if (self.folder / "metrics.jsonl").exists():
+                sync(self.folder / "metrics.jsonl")
+            saved = self.stateful.capture(step)
+            saved.state["meter"] = self.meter.state_dict()
+            saved.state["run"] = {"command": self.command, "options": options_of(self.config)}
+            path = checkpoint.save(self.folder / "checkpoints", saved, self.config.keep_checkpoints)
+        if stop is not None:
+            raise Interrupted(f"stopped {stopped}; go on with --resume (checkpoint {path})", stop)
 
     @contextmanager
     def saving_model(self) -> Iterator[Path]:

@@ -20,7 +20,10 @@ from torch import nn
 from fastalign.train.folder import RunError
 
 FIXED = ("seed", "batch_tokens", "prompts_per_step", "samples_per_prompt")
-FREE = ("output", "device", "checkpoint_every", "keep_checkpoints", "eval_every")
+FREE = (
+    *("output", "device", "checkpoint_every", "checkpoint_updates", "keep_checkpoints"),
+    "eval_every",
+)
 
 
 def changed_options(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastalign.models import Policy
+from fastalign.models import Policy, attention_kernels
 from fastalign.models.lora import add_adapter
 from fastalign.models.recompute import recompute_activations
 from fastalign.train.optim import OptimConfig
@@ -47,6 +47,7 @@ def prepare_trunk(config: OptimConfig, model: nn.Module) -> None:
     Raises:
         UserError: the model cannot have the adapter, or no layers to recompute activations of.
     """
+    attention_kernels.use(config.attention)
     if config.lora.rank:
         add_adapter(model, config.lora)
     if config.activation_checkpointing:

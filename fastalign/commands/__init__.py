@@ -1,0 +1,1 @@
+"""Commands that use trained models and train none: generate, bestofn, evaluate."""

@@ -1,0 +1,186 @@
+"""What the commands that sample share: a model, prompts for it, and its answers to them.
+
+Answers are drawn a few prompts at a time, each such chunk from a random stream of its own, so that
+a command that was stopped draws the rest as it would have.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.data import source
+from fastalign.data.formats import LoadReport, Prompt
+from fastalign.data.packing import pack, token_budget_batches
+from fastalign.data.tokens import TokenizedPrompt, tokenize_prompts
+from fastalign.models import Policy, load_tokenizer
+from fastalign.rollout import Rollout, SamplingConfig, TransformersEngine
+from fastalign.streams import stream
+from fastalign.train import strict_json
+from fastalign.train.run import RunError, at_least, autocast, choose_device
+
+log = logging.getLogger("fastalign")
+
+
+@dataclass
+class AnswersConfig:
+    """What every command that samples has."""
+
+    policy: str = "runs/apa/model"
+    """Folder or hub id of the model that answers."""
+    prompts: str = "synthetic"
+    """Prompts: JSONL(.gz), Parquet, a folder, a hub id (preference data will do), or synthetic
+    (then those of its test split)."""
+    lines: str | None = None
+    """Use these records only, as a Python slice: 0:2000."""
+    limit: int | None = 64
+    """Use at most this many prompts."""
+    split: str | None = None
+    """Split of a folder or data set that has more than one."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are drawn."""
+    micro_tokens: int = 8192
+    """Tokens of one forward pass where answers are scored."""
+    seed: int = 0
+    """Of sampling."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    dtype: str = "auto"
+    """Of the forward pass: float32, bfloat16 (autocast), auto (it on CUDA)."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "micro_tokens")
+        autocast(choose_device(self.device), self.dtype)
+
+
+class Answers:
+    """A model and the prompts it is to answer.
+
+    Args:
+        config: which.
+        policy: the folder of the model, where it is not `config.policy`.
+        room: tokens that other models can read, where they read the answers too.
+        texts: plain prompts, instead of those that `config` names.
+
+    Raises:
+        UserError: no model or no prompts there, or none that leaves room for an answer.
+    """
+
+    def __init__(
+        self,
+        config: AnswersConfig,
+        policy: str | None = None,
+        room: int | None = None,
+        texts: list[str] | None = None,
+    ) -> None:
+        self.config, self.name = config, policy or config.policy
+        self.device = choose_device(config.device)
+        self.tokenizer = load_tokenizer(self.name)
+        loaded = Policy.load(self.name, self.tokenizer)
+        self.policy = loaded.to(self.device).requires_grad_(False).eval()
+        self.engine = TransformersEngine(self.policy, self.tokenizer)
+        context = min(self.policy.max_length, room or self.policy.max_length)
+        if context <= config.sampling.max_new_tokens:
+            raise RunError(
+                f"sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a "
+                f"prompt in the {context} tokens that can be read"
+            )
+        if texts is None:
+            records, report = source.prompts(
+                config.prompts, config.split, config.lines, config.limit, held_out=True
+            )
+        else:
+            records = [Prompt(text, "--text") for text in texts]
+            report = LoadReport("--text", len(records), {}, {}, {})
+        self.prompts = tokenize_prompts(
+            records,
+            self.tokenizer,
+            report,
+            max_prompt_length=context - config.sampling.max_new_tokens,
+        )
+        log.info("%s", report)
+
+    def text(self, rollout: Rollout) -> str:
+        return self.tokenizer.decode(rollout.completion, skip_special_tokens=True)
+
+    def prompt(self, rollout: Rollout) -> TokenizedPrompt:
+        return self.prompts[rollout.prompt_index]
+
+    def draw(self, n_samples: int, first: int = 0) -> Iterator[list[Rollout]]:
+        """Answers by chunks of prompts, `n_samples` to each; `first` chunks are left out."""
+        size = self.config.sampling.batch_size
+        per_chunk = max(1, size // n_samples)
+        starts = range(0, len(self.prompts), per_chunk)
+        for chunk, start in enumerate(starts):
+            if chunk < first:
+                continue
+            chosen = range(start, min(start + per_chunk, len(self.prompts)))
+            torch.manual_seed(stream(self.config.seed, "answers", chunk).initial_seed())
+            with autocast(self.device, self.config.dtype):
+                found = self.engine.generate(
+                    [self.prompts[i].prompt for i in chosen], n_samples, self.config.sampling
+                )
+            yield [
+                Rollout(chosen[r.prompt_index], r.prompt, r.completion, r.logp, r.finished)
+                for r in found
+            ]
+
+    def record(self, rollout: Rollout, **more: Any) -> dict[str, Any]:
+        """The answer in the form that training reads: prompt and completion as the prompt's record
+        had them, text or messages."""
+        prompt, text = self.prompt(rollout).record.prompt, self.text(rollout)
+        completion: Any = text
+        if not isinstance(prompt, str):
+            completion = [{"role": "assistant", "content": text}]
+        return {
+            "prompt": prompt,
+            "completion": completion,
+            **more,
+            "finished": rollout.finished,
+            "tokens": len(rollout.completion),
+            "logp": sum(rollout.logp),
+        }
+
+
+@torch.no_grad()
+def logprobs(
+    policy: Policy, rollouts: list[Rollout], temperature: float, micro_tokens: int, dtype: str
+) -> Tensor:
+    """fp32 [N] on the CPU: log-probs of all answers' tokens under `policy`, answer after answer."""
+    device = policy.head_weight.device
+    sequences = [r.prompt + r.completion for r in rollouts]
+    rows: list[Tensor] = [torch.empty(0)] * len(rollouts)
+    for batch in token_budget_batches([len(s) for s in sequences], micro_tokens):
+        packed = pack([sequences[i] for i in batch], [len(rollouts[i].prompt) for i in batch])
+        with autocast(device, dtype):
+            logp, _ = policy.logprobs(packed.to(device), temperature=temperature)
+        parts = logp.cpu().split([len(rollouts[i].completion) for i in batch])
+        for i, part in zip(batch, parts, strict=True):
+            rows[i] = part
+    return torch.cat(rows)
+
+
+def write_lines(path: Path, records: list[dict[str, Any]], mode: str = "w") -> None:
+    """JSON lines; "a" to add to those that are there."""
+    with path.open(mode) as file:
+        for record in records:
+            file.write(strict_json.dumps(record) + "\n")
+        file.flush()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that a stopped command may have left half written."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

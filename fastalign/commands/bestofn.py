@@ -1,0 +1,180 @@
+"""`fastalign bestofn`: sample N answers to each prompt, score them, keep the best one.
+
+The folder it writes:
+
+    samples.jsonl    every answer with its reward
+    selected.jsonl   the best answer to each prompt, which `train sft` or `train mle` imitate
+    curve.json       expected reward of best-of-n for every n up to N, unbiased, with its KL
+    best_of_n.svg, best_of_n.png   the same as a picture (--curve)
+
+The expected reward of the best of n is an average over all subsets of n of the N answers (the
+formula stands in fastalign.theory.curve), so that one set of samples answers for every n. KL is
+that of best-of-n to the model sampled from: at most log n - (n - 1) / n nats (arXiv 2401.01879).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.commands.answers import Answers, AnswersConfig, read_lines, write_lines
+from fastalign.data import source
+from fastalign.models import load_tokenizer
+from fastalign.theory import best_of_n_curve, best_of_n_kl_bound, best_of_n_kl_estimate
+from fastalign.train import strict_json
+from fastalign.train.evaluate import command_line, machine, versions
+from fastalign.train.reward_source import RewardSource, make_reward
+from fastalign.train.run import (
+    RunError,
+    at_least,
+    choose_device,
+    claim_folder,
+    clear_folder,
+    write_config,
+)
+
+log = logging.getLogger("fastalign")
+SAMPLES, SELECTED, CURVE = "samples.jsonl", "selected.jsonl", "curve.json"
+
+
+@dataclass
+class BestOfNConfig(AnswersConfig):
+    """Keep the best of N answers by a reward, and say what every n up to N would give."""
+
+    policy: str = "runs/sft/model"
+    """Folder or hub id of the model that answers."""
+    output: str = "runs/bestofn"
+    """Folder of the results."""
+    overwrite: bool = False
+    """Delete what a former run left in the output folder."""
+    resume: str | None = None
+    """Go on where a stopped run of the output folder left off."""
+    reward: str = "runs/reward/model"
+    """Folder of a reward ensemble, FILE.py:FUNCTION, or a weighted sum: 'A,0.5*B'."""
+    statistic: str | None = None
+    """Statistic of the reward ensemble, where it is not to be the one it was saved with."""
+    coef: float | None = None
+    """Coefficient of lcb and uwo, likewise."""
+    n: int = 16
+    """N, answers to each prompt."""
+    curve: bool = False
+    """Draw the curve, as best_of_n.svg and best_of_n.png."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "n")
+        at_least(self, 0, "coef")
+        if self.overwrite and self.resume is not None:
+            raise RunError("--overwrite and --resume contradict each other")
+        if self.resume not in (None, "auto"):
+            raise RunError(f"--resume: bestofn goes on in --output; got a folder, {self.resume}")
+
+
+def run(config: BestOfNConfig) -> Path:
+    """Samples, scores, selects; the folder of the results."""
+    folder = Path(config.output)
+    claim_folder(folder, overwrite=config.overwrite, reuse=config.resume is not None)
+    rewards = make_reward(config, load_tokenizer(config.policy), choose_device(config.device))
+    answers = Answers(config, room=rewards.max_length)
+    if config.overwrite:
+        clear_folder(folder)
+    write_config(folder, config)
+    records = sample(config, answers, rewards, folder)
+    proxy = table(records, config.n, "reward")
+    best = proxy.argmax(1).tolist()
+    selected = [{**records[i * config.n + k], "n": config.n} for i, k in enumerate(best)]
+    write_lines(folder / SELECTED, [{k: v for k, v in r.items() if k != "i"} for r in selected])
+    found = curve(records, config.n)
+    found |= {
+        "prompts": len(best),
+        "samples": config.n,
+        "seed": config.seed,
+        "source": rewards.describe(),
+        "command": command_line(),
+        "machine": machine(answers.device),
+        "versions": versions(),
+    }
+    (folder / CURVE).write_text(strict_json.dumps(found, indent=1) + "\n")
+    if config.curve:
+        from fastalign.report.best_of_n import draw
+
+        for kind in ("svg", "png"):
+            draw(found, folder / f"best_of_n.{kind}")
+    log.info("%s", summary(found, config.n))
+    return folder
+
+
+def sample(
+    config: BestOfNConfig, answers: Answers, rewards: RewardSource, folder: Path
+) -> list[dict[str, Any]]:
+    """All answers with their rewards, prompt after prompt; written as they come."""
+    gold = source.gold_for(config.prompts)
+    path = folder / SAMPLES
+    chunk = max(1, config.sampling.batch_size // config.n) * config.n
+    records = read_lines(path)
+    if len(records) == len(answers.prompts) * config.n:
+        return records
+    whole = len(records) // chunk
+    records = records[: whole * chunk]
+    write_lines(path, records)
+    for rollouts in answers.draw(config.n, first=whole):
+        prompts = [answers.prompt(r).text for r in rollouts]
+        texts = [answers.text(r) for r in rollouts]
+        scored = rewards.score(rollouts, prompts, texts)
+        new = []
+        for i, rollout in enumerate(rollouts):
+            more: dict[str, Any] = {"reward": scored.total[i].item()}
+            if scored.scores is not None:
+                more["heads"] = scored.scores[i].tolist()
+            if gold is not None:
+                more["gold"] = gold(prompts[i], texts[i])
+            new.append(answers.record(rollout, **more, i=rollout.prompt_index))
+        write_lines(path, new, "a")
+        records += new
+        log.info("%d of %d prompts answered", len(records) // config.n, len(answers.prompts))
+    return records
+
+
+def table(records: list[dict[str, Any]], n: int, key: str) -> Tensor:
+    """float64 [P, N] of one number of the answers."""
+    return torch.tensor([r[key] for r in records], dtype=torch.float64).reshape(-1, n)
+
+
+def curve(records: list[dict[str, Any]], n: int) -> dict[str, Any]:
+    """Expected rewards of best-of-1..N with standard errors over prompts, and KL in nats."""
+    proxy, logp = table(records, n, "reward"), table(records, n, "logp")
+    found: dict[str, Any] = {"n": list(range(1, n + 1))}
+    columns = {"reward": proxy}
+    if "gold" in records[0]:
+        columns["gold"] = table(records, n, "gold")
+    for name, values in columns.items():
+        by_prompt = best_of_n_curve(values, proxy)
+        found[name] = by_prompt.mean(0).tolist()
+        if len(by_prompt) > 1:
+            found[f"{name}_stderr"] = (by_prompt.std(0) / len(by_prompt) ** 0.5).tolist()
+    found["kl_bound"] = [best_of_n_kl_bound(k) for k in found["n"]]
+    # The better estimate takes a pass over all samples for each n: at powers of two, and at N.
+    some = sorted({2**k for k in range(n.bit_length())} & set(found["n"]) | {n})
+    probability = logp.exp()
+    estimates = [best_of_n_kl_estimate(k, probability) for k in some]
+    found["kl_estimate"] = {
+        str(k): best_of_n_curve(values, proxy)[:, k - 1].mean().item()
+        for k, values in zip(some, estimates, strict=True)
+    }
+    return found
+
+
+def summary(found: dict[str, Any], n: int) -> str:
+    """What it comes to, in a line."""
+    parts = [
+        f"{name} {found[name][0]:+.3f} -> {found[name][-1]:+.3f}"
+        for name in ("reward", "gold")
+        if name in found
+    ]
+    kl = found["kl_estimate"][str(n)]
+    return f"best of {n}: {', '.join(parts)}, at {kl:.2f} nats of KL to the model sampled from"

@@ -1,0 +1,323 @@
+"""`fastalign evaluate`: a model beside a baseline, on the same prompts.
+
+Rewards, win rates, KL(policy || baseline), length, entropy and diversity, each with a standard
+error. The prompts, not the answers, are what was drawn independently: answers to a prompt are
+averaged first, errors are taken over prompts, and that of a change over the differences prompt by
+prompt.
+
+Win rate: the share of pairs (an answer of the policy, one of the baseline to the same prompt) in
+which the policy's has the higher reward, ties counted half; its 95 % interval is over prompts.
+
+KL by three estimators: k1 and k3 from the sampled tokens, and `exact`, which sums over the whole
+vocabulary at every state that was visited and so has the least variance.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign import ops, theory
+from fastalign.commands.answers import Answers, AnswersConfig
+from fastalign.data import source
+from fastalign.data.packing import pack, token_budget_batches
+from fastalign.models import Policy, load_tokenizer
+from fastalign.models.reward import check_same_tokenizer
+from fastalign.report.command import conclude
+from fastalign.rollout import Rollout
+from fastalign.train import strict_json
+from fastalign.train.evaluate import (
+    Evaluation,
+    Evaluations,
+    command_line,
+    machine,
+    standard_error,
+    versions,
+)
+from fastalign.train.experience import spread
+from fastalign.train.reward_source import RewardSource, Scored, make_reward
+from fastalign.train.run import (
+    at_least,
+    autocast,
+    choose_device,
+    claim_folder,
+    clear_folder,
+    write_config,
+)
+
+log = logging.getLogger("fastalign")
+N_SAMPLES_SHOWN = 12
+REWARDS = ("reward/proxy", "reward/gold", "reward/held_out")
+
+
+@dataclass
+class EvaluateConfig(AnswersConfig):
+    """Compare a model with a baseline: rewards, win rate, KL, length, diversity, with errors."""
+
+    baseline: str = "runs/sft/model"
+    """Folder or hub id of the model it is compared with, and KL is measured to."""
+    output: str = "runs/evaluation"
+    """Folder of the results: evaluation.json, samples.jsonl, report.html."""
+    overwrite: bool = False
+    """Delete what a former run left in the output folder."""
+    reward: str = "runs/reward/model"
+    """Folder of a reward ensemble, FILE.py:FUNCTION, or a weighted sum: 'A,0.5*B'."""
+    statistic: str | None = None
+    """Statistic of the reward ensemble, where it is not to be the one it was saved with."""
+    coef: float | None = None
+    """Coefficient of lcb and uwo, likewise."""
+    judge: str | None = None
+    """A second reward, that training never saw: a folder or FILE.py:FUNCTION, as for --reward."""
+    samples: int = 4
+    """Answers of each model to each prompt."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "samples")
+        at_least(self, 0, "coef")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's answers and what was measured of them."""
+
+    answers: Answers
+    rollouts: list[Rollout]
+    scored: Scored
+    columns: dict[str, Tensor]  # float64 [S], by metric
+
+
+def run(config: EvaluateConfig) -> Path:
+    """Samples from both models, measures, writes; the folder of the results."""
+    folder = Path(config.output)
+    claim_folder(folder, overwrite=config.overwrite)
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(config.policy)
+    check_same_tokenizer(tokenizer, load_tokenizer(config.baseline), config.policy, config.baseline)
+    rewards = make_reward(config, tokenizer, device)
+    judge = None
+    if config.judge is not None:
+        asked = replace(config, reward=config.judge, statistic=None, coef=None)
+        judge = make_reward(asked, tokenizer, device)
+    room = min(rewards.max_length, judge.max_length if judge else rewards.max_length)
+    policy = Answers(config, room=room)
+    baseline = Answers(config, config.baseline, room=min(room, policy.policy.max_length))
+    if len(policy.prompts) != len(baseline.prompts):
+        policy = Answers(config, room=min(room, baseline.policy.max_length))
+    if config.overwrite:
+        clear_folder(folder)
+    write_config(folder, config)
+
+    before = measure(config, baseline, rewards, judge, None)
+    after = measure(config, policy, rewards, judge, baseline.policy)
+    evaluations = Evaluations()
+    evaluations.before, evaluations.after = (
+        summarise(before, config.samples),
+        summarise(after, config.samples),
+    )
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step, one in enumerate((evaluations.before, evaluations.after)):
+            file.write(strict_json.dumps({"step": step, "phase": "eval", **one.numbers}) + "\n")
+    facts = {
+        "method": "policy",
+        **rewards.describe(),
+        "judge": judge.describe() if judge else None,
+        "win_rate": {
+            name: win_rate(after.columns[name], before.columns[name], config.samples)
+            for name in after.columns
+            if name in REWARDS
+        },
+        "n_prompts": len(policy.prompts),
+        "n_samples": config.samples,
+        "seed": config.seed,
+        "machine": machine(device),
+        "versions": versions(),
+        "command": command_line(),
+    }
+    evaluations.write(folder, facts)
+    conclude(folder)
+    return folder
+
+
+def measure(
+    config: EvaluateConfig,
+    answers: Answers,
+    rewards: RewardSource,
+    judge: RewardSource | None,
+    reference: Policy | None,
+) -> Measured:
+    """Draws `config.samples` answers to each prompt and measures them.
+
+    Args:
+        reference: what KL is measured to; None for the model that is the reference itself.
+    """
+    rollouts = [r for chunk in answers.draw(config.samples) for r in chunk]
+    prompts = [answers.prompt(r).text for r in rollouts]
+    texts = [answers.text(r) for r in rollouts]
+    scored = rewards.score(rollouts, prompts, texts)
+    entropy, kl = per_token(config, answers.policy, rollouts, reference)
+    lengths = torch.tensor([len(r.completion) for r in rollouts])
+    columns: dict[str, Tensor] = {
+        "reward/proxy": scored.total,
+        **{f"kl/{name}": values for name, values in kl.items()},
+        "length": lengths,
+        "finished": torch.tensor([r.finished for r in rollouts]),
+        "entropy": segment_sums(entropy, lengths) / lengths,
+    }
+    gold = source.gold_for(config.prompts)
+    if gold is not None:
+        values = [gold(p, t) for p, t in zip(prompts, texts, strict=True)]
+        columns["reward/gold"] = torch.tensor(values, dtype=torch.float64)
+    if judge is not None:
+        columns["reward/held_out"] = judge.score(rollouts, prompts, texts).total
+    if scored.scores is not None and scored.scores.shape[1] > 1:
+        columns["reward/disagreement"] = scored.scores.std(1)
+    return Measured(answers, rollouts, scored, {k: v.double() for k, v in columns.items()})
+
+
+@torch.no_grad()
+def per_token(
+    config: EvaluateConfig, policy: Policy, rollouts: list[Rollout], reference: Policy | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Entropy of every token's distribution, [N], and KL of every answer to the reference, [S]."""
+    device = policy.head_weight.device
+    sequences = [r.prompt + r.completion for r in rollouts]
+    sizes = [len(r.completion) for r in rollouts]
+    parts: list[Tensor] = [torch.empty(0)] * len(rollouts)
+    for batch in token_budget_batches([len(s) for s in sequences], config.micro_tokens):
+        packed = pack([sequences[i] for i in batch], [len(rollouts[i].prompt) for i in batch])
+        packed = packed.to(device)
+        options: dict[str, Any] = {
+            "temperature": config.sampling.temperature,
+            "ignore_index": None,
+        }
+        with autocast(device, config.dtype):
+            hidden = policy.response_hidden(packed)
+            weight, targets = policy.head_weight.to(hidden.dtype), packed.response_targets
+            logp, entropy = ops.linear_logprobs(
+                hidden,
+                weight,
+                targets,
+                bias=policy.head_bias,
+                softcap=policy.softcap,
+                return_entropy=True,
+                **options,
+            )
+            rows = [logp, entropy]
+            if reference is not None:
+                ref_hidden = reference.response_hidden(packed)
+                ref_weight = reference.head_weight.to(hidden.dtype)
+                rows.append(reference.logprobs(packed, temperature=options["temperature"])[0])
+                rows.append(
+                    ops.linear_kl(
+                        hidden,
+                        weight,
+                        ref_hidden,
+                        ref_weight,
+                        bias=policy.head_bias,
+                        ref_bias=reference.head_bias,
+                        softcap=policy.softcap,
+                        temperature=options["temperature"],
+                    )
+                )
+        found = torch.stack([row.float() for row in rows]).cpu()
+        for i, part in zip(batch, found.split([sizes[i] for i in batch], dim=1), strict=True):
+            parts[i] = part
+    rows_ = torch.cat(parts, dim=1)
+    bounds = torch.tensor([0, *sizes]).cumsum(0)
+    if reference is None:
+        nothing = torch.zeros(len(rollouts), dtype=torch.float64)
+        return rows_[1], {"k1": nothing, "k3": nothing, "exact": nothing}
+    kl = theory.policy_kl(rows_[0], rows_[2], rows_[3], cu_seqlens=bounds)
+    assert kl.rao_blackwell is not None
+    return rows_[1], {
+        "k1": kl.k1.values,
+        "k3": kl.k3.values,
+        "exact": kl.rao_blackwell.values,
+    }
+
+
+def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums [N] over answers of these lengths, [S]."""
+    padded = torch.cat([values.new_zeros(1).double(), values.double().cumsum(0)])
+    ends = lengths.cumsum(0)
+    return padded[ends] - padded[ends - lengths]
+
+
+def summarise(found: Measured, n_samples: int) -> Evaluation:
+    """Means with standard errors over prompts, diversity, and some answers to read."""
+    numbers: dict[str, float] = {}
+    by_prompt: dict[str, list[float]] = {}
+    columns = dict(found.columns)
+    for name, values in columns.items():
+        means = values.reshape(-1, n_samples).mean(1)
+        numbers[name], error = means.mean().item(), standard_error(means)
+        if error is not None:
+            numbers[f"{name}_stderr"] = error
+        if name in REWARDS:
+            numbers |= spread(name, values)
+        by_prompt[name] = means.tolist()
+    numbers |= diversity([r.completion for r in found.rollouts], n_samples)
+    numbers["n"] = len(found.rollouts)
+    shown = []
+    for i in range(0, len(found.rollouts), n_samples)[:N_SAMPLES_SHOWN]:
+        rollout = found.rollouts[i]
+        reward = {
+            name.removeprefix("reward/"): values[i].item()
+            for name, values in columns.items()
+            if name in ("reward/proxy", "reward/gold")
+        }
+        text = found.answers.text(rollout)
+        shown.append(
+            {"prompt": found.answers.prompt(rollout).text, "response": text, "reward": reward}
+        )
+    return Evaluation(numbers, by_prompt, shown)
+
+
+def diversity(completions: list[list[int]], n_samples: int) -> dict[str, float]:
+    """How much the answers differ from one another, each between 0 and 1.
+
+    `distinct/k`: different k-grams of tokens over all k-grams of all answers. `distinct/answers`:
+    different answers to a prompt over all answers to it (absent for one answer a prompt).
+    """
+    numbers = {}
+    for k in (1, 2):
+        grams = [
+            tuple(tokens[j : j + k]) for tokens in completions for j in range(len(tokens) - k + 1)
+        ]
+        if grams:
+            numbers[f"distinct/{k}"] = len(set(grams)) / len(grams)
+    if n_samples > 1:
+        groups: Iterable[list[list[int]]] = (
+            completions[i : i + n_samples] for i in range(0, len(completions), n_samples)
+        )
+        shares = [len({tuple(tokens) for tokens in group}) / n_samples for group in groups]
+        numbers["distinct/answers"] = sum(shares) / len(shares)
+    return numbers
+
+
+def win_rate(ours: Tensor, theirs: Tensor, n_samples: int) -> dict[str, float | None]:
+    """Of one reward: the rate, the ends of its 95 % interval, and its standard error.
+
+    Args:
+        ours, theirs: [P * n_samples], the answers to a prompt side by side.
+    """
+    a = ours.reshape(-1, n_samples, 1)
+    b = theirs.reshape(-1, 1, n_samples)
+    by_prompt = ((a > b).double() + 0.5 * (a == b).double()).mean((1, 2))
+    rate, error = by_prompt.mean().item(), standard_error(by_prompt)
+    if error is None:
+        return {"rate": rate, "low": None, "high": None, "stderr": None}
+    half = 1.96 * error
+    return {
+        "rate": rate,
+        "low": max(0.0, rate - half),
+        "high": min(1.0, rate + half),
+        "stderr": error,
+    }

@@ -1,0 +1,237 @@
+"""What computes the attention of a pack: FlashAttention on ragged rows, or SDPA on its sequences.
+
+    name     needs                                      runs on
+    sdpa     nothing                                    everything; any dtype, dropout
+    varlen   torch                                      CUDA, float16 and bfloat16
+    flash2   flash-attn (2): flash_attn_varlen_func     CUDA, float16 and bfloat16
+    flash4   flash-attn-4: flash_attn.cute              CUDA (Hopper, Blackwell), the same dtypes
+    auto     varlen where it runs, sdpa elsewhere
+
+A choice holds for the whole process. One made by name that cannot run is an error, never another.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalign.errors import UserError
+
+PACKAGES = {"flash2": "flash-attn", "flash4": "flash-attn-4"}
+TOGETHER = 128
+"""Sequences of up to this many tokens share a call of SDPA with others as long as they are."""
+
+_asked = "auto"
+
+
+def use(name: str) -> None:
+    """Chooses the kernel for this process.
+
+    Raises:
+        UserError: an unknown name, or one whose package is not installed.
+    """
+    global _asked
+    check(name)
+    _asked = name
+
+
+def check(name: str) -> None:
+    """`use`'s errors, without its effect."""
+    if name not in ("auto", *KERNELS):
+        raise UserError(f"unknown attention {name!r}: expected auto, {', '.join(KERNELS)}")
+    if not installed(name):
+        package = PACKAGES[name]
+        raise UserError(f"attention {name} needs {package}, which is not installed: {package}")
+
+
+def installed(name: str) -> bool:
+    """Whether the package behind a name is there."""
+    if name == "flash2":
+        return find_spec("flash_attn_2_cuda") is not None
+    if name == "flash4":
+        return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+    return True
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Inside, `name` is the choice."""
+    before = _asked
+    use(name)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def chosen(query: Tensor, dropout: float) -> str:
+    """Which of `KERNELS` computes this attention.
+
+    Raises:
+        UserError: one asked for by name does not run on such tensors.
+    """
+    fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
+    if _asked == "auto":
+        return "varlen" if fits else "sdpa"
+    if _asked != "sdpa" and not fits:
+        raise UserError(
+            f"attention {_asked}: expected CUDA tensors of float16 or bfloat16 and no dropout, got "
+            f"{query.device.type}, {query.dtype} and dropout {dropout:g}; auto takes sdpa there"
+        )
+    return _asked
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    causal: bool,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Sequence by sequence, short ones of one length in one call; no mask, no padding.
+
+    Args:
+        query, key, value: [1, heads, N, d]; fewer heads of keys and values are allowed.
+        cu_seqlens: int32 [S + 1]; lengths: the same as S lengths on the host.
+
+    Returns:
+        [1, N, heads, d].
+    """
+    alike: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        alike.setdefault(length if length <= TOGETHER else -1 - i, []).append(i)
+    parts = [t.split(list(lengths), dim=2) for t in (query, key, value)]
+    out: list[Tensor] = [query] * len(lengths)
+    for rows in alike.values():
+        q, k, v = (
+            part[rows[0]] if len(rows) == 1 else torch.cat([part[i] for i in rows])
+            for part in parts
+        )
+        found = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
+        for i, one in zip(rows, found.transpose(1, 2).split(1), strict=True):
+            out[i] = one
+    return torch.cat(out, dim=1)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[1, heads, N, d] -> [N, heads, d], as the ragged kernels take it."""
+    return tensor.squeeze(0).transpose(0, 1)
+
+
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """torch's own; arguments and result as `sdpa`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    takes = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0) if causal else (-1, -1)}
+        if "window_size" in takes
+        else {"is_causal": causal}
+    )
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in takes:
+            options["enable_gqa"] = True
+        else:
+            repeat = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    if "scale" in takes:
+        options["scale"] = scale
+    else:  # older signature: 1/sqrt(d) is built in, so fold the rest into the query
+        query = query * (scale * query.shape[-1] ** 0.5)
+    longest = max(lengths)
+    q, k, v = _rows(query), _rows(key), _rows(value)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
+
+
+def flash2(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """flash-attn 2; arguments and result as `sdpa`."""
+    from flash_attn import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, query, key, value, cu_seqlens, lengths, scale, causal)
+
+
+def flash4(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """flash-attn-4; arguments and result as `sdpa`."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, query, key, value, cu_seqlens, lengths, scale, causal)
+
+
+def _flash(
+    function: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    longest = max(lengths)
+    out = function(
+        _rows(query),
+        _rows(key),
+        _rows(value),
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=causal,
+    )
+    if isinstance(out, tuple):  # some versions of 4 give the log-sum-exp too
+        out = out[0]
+    found: Tensor = out.unsqueeze(0)
+    return found
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "sdpa": sdpa,
+    "varlen": varlen,
+    "flash2": flash2,
+    "flash4": flash4,
+}

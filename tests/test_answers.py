@@ -1,0 +1,246 @@
+"""generate, bestofn and evaluate: what they draw, what they write, what their numbers mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import fastalign
+
+from fastalign.commands import bestofn, evaluate
+from fastalign.commands.answers import Answers, AnswersConfig, read_lines, write_lines
+from fastalign.data import source
+from fastalign.models import Policy, load_tokenizer
+from fastalign.rollout import SamplingConfig
+from fastalign.theory import best_of_n_curve
+from fastalign.train.run import RunError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = SamplingConfig(max_new_tokens=8, batch_size=8)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_generate_writes_what_training_reads(road: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "answers.jsonl"
+    argv = ["generate", "--policy", road / "sft" / "model", "--limit", 3, "--samples", 2]
+    argv += ["--sampling.max_new_tokens", 6]
+    assert fastalign(capsys, *argv, "--output", out)[0] == 0
+    records = lines(out)
+    assert len(records) == 6
+    assert [r["prompt"] for r in records[::2]] == [r["prompt"] for r in records[1::2]]
+    assert all(1 <= r["tokens"] <= 6 and r["logp"] < 0 for r in records)
+    read, _ = source.completions(str(out), None, None, None)
+    assert [r.completion for r in read] == [r["completion"] for r in records]
+    status, printed, _ = fastalign(capsys, *argv)  # the same seed, to the screen
+    assert status == 0 and printed == out.read_text()
+    status, _, err = fastalign(capsys, *argv, "--output", out)
+    assert status == 2 and f"output {out} is there already" in err
+
+
+def test_generate_answers_a_text(road: Path, capsys: Any) -> None:
+    argv = ["generate", "--policy", road / "sft" / "model", "--text", "a b"]
+    status, printed, _ = fastalign(capsys, *argv, "--sampling.max_new_tokens", 3)
+    assert status == 0
+    (record,) = [json.loads(line) for line in printed.splitlines()]
+    assert record["prompt"] == "a b"
+
+
+def test_answers_to_conversations_are_messages(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any
+) -> None:
+    from fastalign.commands import answers as module
+
+    tokenizer = load_tokenizer(str(road / "sft" / "model"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    monkeypatch.setattr(module, "load_tokenizer", lambda name: tokenizer)
+    data = write({"prompt": [{"role": "user", "content": "hi"}]})
+    config = AnswersConfig(policy=str(road / "sft" / "model"), prompts=data, sampling=SHORT)
+    found = Answers(config)
+    (rollout,) = next(found.draw(1))
+    record = found.record(rollout, reward=1.5)
+    assert record["prompt"] == [{"role": "user", "content": "hi"}]
+    assert record["completion"] == [{"role": "assistant", "content": found.text(rollout)}]
+    read, _ = source.completions(write(record, name="again.jsonl"), None, None, None)
+    assert read[0].reward == 1.5
+
+
+def test_a_chunk_is_drawn_the_same_whatever_came_before(road: Path) -> None:
+    """Five prompts, two samples each, four prompts a chunk: the second chunk alone."""
+    config = AnswersConfig(policy=str(road / "sft" / "model"), limit=5, sampling=SHORT)
+    found = Answers(config)
+    chunks = list(found.draw(2))
+    assert [len(chunk) for chunk in chunks] == [8, 2]
+    assert [r.prompt_index for r in chunks[1]] == [4, 4]
+    assert list(found.draw(2, first=1)) == chunks[1:]
+
+
+def test_no_room_for_a_prompt(road: Path) -> None:
+    config = AnswersConfig(
+        policy=str(road / "sft" / "model"), sampling=SamplingConfig(max_new_tokens=256)
+    )
+    with pytest.raises(RunError, match="256 leaves no room for a prompt in the 256 tokens"):
+        Answers(config)
+
+
+def best(road: Path, output: Path, **options: Any) -> bestofn.BestOfNConfig:
+    return bestofn.BestOfNConfig(
+        policy=str(road / "sft" / "model"),
+        reward=str(road / "reward" / "model"),
+        output=str(output),
+        limit=5,
+        n=4,
+        sampling=SHORT,
+        **options,
+    )
+
+
+def test_best_of_n(road: Path, tmp_path: Path) -> None:
+    folder = bestofn.run(best(road, tmp_path / "run", curve=True))
+    samples, selected = lines(folder / "samples.jsonl"), lines(folder / "selected.jsonl")
+    assert (len(samples), len(selected)) == (20, 5)
+    proxy = torch.tensor([r["reward"] for r in samples], dtype=torch.float64).reshape(5, 4)
+    assert [r["reward"] for r in selected] == proxy.max(1).values.tolist()
+    for i, r in enumerate(selected):
+        assert r["n"] == 4 and r["prompt"] == samples[4 * i]["prompt"]
+        assert len(r["heads"]) == 3
+    found = json.loads((folder / "curve.json").read_text())
+    assert found["n"] == [1, 2, 3, 4]
+    assert found["reward"][0] == pytest.approx(proxy.mean().item(), abs=1e-12)
+    assert found["reward"][3] == pytest.approx(proxy.max(1).values.mean().item(), abs=1e-12)
+    # Best of 2 over the six pairs of four: the third of the sorted counts 2/6 ...
+    ordered = proxy.sort(1).values
+    pairs = (ordered * torch.tensor([0, 1, 2, 3]) / 6).sum(1).mean().item()
+    assert found["reward"][1] == pytest.approx(pairs, abs=1e-12)
+    gold = torch.tensor([r["gold"] for r in samples], dtype=torch.float64).reshape(5, 4)
+    by_prompt = best_of_n_curve(gold, proxy)
+    assert found["gold"] == by_prompt.mean(0).tolist()
+    assert found["gold_stderr"] == (by_prompt.std(0) / 5**0.5).tolist()
+    assert found["kl_bound"][3] == pytest.approx(1.3862943611198906 - 0.75)
+    assert list(found["kl_estimate"]) == ["1", "2", "4"]
+    assert 0 < found["kl_estimate"]["4"] <= found["kl_bound"][3]
+    assert (folder / "best_of_n.svg").read_text().count("gold reward") == 1
+    assert (folder / "best_of_n.png").stat().st_size > 10_000
+    read, _ = source.completions(str(folder / "selected.jsonl"), None, None, None)
+    assert [r.reward for r in read] == [r["reward"] for r in selected]
+
+
+def test_a_stopped_best_of_n_goes_on(road: Path, tmp_path: Path) -> None:
+    """Two prompts a chunk: cut within the second chunk, even within a line, all comes out the
+    same."""
+    whole = bestofn.run(best(road, tmp_path / "whole"))
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    text = (whole / "samples.jsonl").read_text()
+    (folder / "config.yaml").write_text((whole / "config.yaml").read_text())
+    cut = len("".join(line + "\n" for line in text.splitlines()[:11])) + 40
+    (folder / "samples.jsonl").write_text(text[:cut])
+    bestofn.run(best(road, folder, resume="auto"))
+    for name in ("samples.jsonl", "selected.jsonl"):
+        assert (folder / name).read_text() == (whole / name).read_text()
+    with pytest.raises(RunError, match="already in use"):
+        bestofn.run(best(road, folder))
+
+
+def test_half_a_line_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    write_lines(path, [{"a": 1}, {"a": 2}])
+    with path.open("a") as file:
+        file.write('{"a": 3')
+    assert read_lines(path) == [{"a": 1}, {"a": 2}]
+    assert read_lines(tmp_path / "none") == []
+
+
+def test_win_rate_by_hand() -> None:
+    """Prompt 1: (1, 3) against (2, 3): 1<2, 1<3, 3>2, 3=3 -> 1.5 of 4. Prompt 2: all won."""
+    ours, theirs = torch.tensor([1.0, 3.0, 5.0, 6.0]), torch.tensor([2.0, 3.0, 1.0, 2.0])
+    found = evaluate.win_rate(ours, theirs, 2)
+    assert found["rate"] == pytest.approx((0.375 + 1.0) / 2)
+    error = 0.625 / 2**0.5 / 2**0.5  # std of (0.375, 1.0) is 0.625 / sqrt 2
+    assert found["stderr"] == pytest.approx(error)
+    assert found["low"] == pytest.approx(max(0.0, 0.6875 - 1.96 * error))
+    assert found["high"] == 1.0
+    assert evaluate.win_rate(ours[:2], theirs[:2], 2)["low"] is None
+
+
+def test_diversity_by_hand() -> None:
+    """Tokens 7 7 8 | 7 7 8 | 9 | 7: 3 of 8 different; pairs 77 78 77 78: 2 of 4; answers 1/2, 1."""
+    found = evaluate.diversity([[7, 7, 8], [7, 7, 8], [9], [7]], 2)
+    assert found == {"distinct/1": 3 / 8, "distinct/2": 0.5, "distinct/answers": 0.75}
+    assert "distinct/answers" not in evaluate.diversity([[1], [2]], 1)
+
+
+def test_evaluate(road: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "evaluation"
+    argv = ["evaluate", "--policy", road / "apa" / "model", "--baseline", road / "sft" / "model"]
+    argv += ["--reward", road / "reward" / "model", "--judge", road / "reward" / "model"]
+    argv += ["--limit", 4, "--samples", 2, "--sampling.max_new_tokens", 8, "--output", out]
+    status, _, err = fastalign(capsys, *argv)
+    assert status == 0, err
+    found = json.loads((out / "evaluation.json").read_text())
+    after, before = found["after"], found["before"]
+    assert before["kl/k1"] == before["kl/exact"] == 0.0 and after["kl/exact"] > 0
+    assert after["reward/held_out"] == after["reward/proxy"]  # the judge is the same model
+    assert set(found["win_rate"]) == {"reward/proxy", "reward/gold", "reward/held_out"}
+    assert found["seed"] == 0 and "evaluate" in (out / "report.html").read_text()
+    assert "of the pairs" in (out / "report.html").read_text()
+    assert len(lines(out / "samples.jsonl")) == 4
+    status, _, err = fastalign(capsys, *argv)
+    assert status == 2 and "already in use" in err
+
+
+def test_exact_kl_and_entropy_against_whole_logits(road: Path) -> None:
+    config = evaluate.EvaluateConfig(
+        policy=str(road / "apa" / "model"), limit=3, samples=2, sampling=SHORT, micro_tokens=100
+    )
+    answers = Answers(config)
+    base = Policy.load(str(road / "sft" / "model"), answers.tokenizer).eval()
+    rollouts = [r for chunk in answers.draw(2) for r in chunk]
+    entropy, kl = evaluate.per_token(config, answers.policy, rollouts, base)
+    at = 0
+    for i, r in enumerate(rollouts):
+        ids, start = torch.tensor([r.prompt + r.completion]), len(r.prompt) - 1
+        with torch.no_grad():
+            p, q = (
+                m.model(ids, attention_mask=torch.ones_like(ids)).logits[0, start:-1].double()
+                for m in (sdpa(answers.policy), sdpa(base))
+            )
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        exact = (p.exp() * (p - q)).sum()
+        assert kl["exact"][i].item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-6)
+        k1 = (p - q).gather(1, ids[0, start + 1 :, None]).sum()
+        assert kl["k1"][i].item() == pytest.approx(k1.item(), rel=1e-3, abs=1e-5)
+        ours = entropy[at : at + len(r.completion)]
+        torch.testing.assert_close(ours.double(), -(p.exp() * p).sum(-1), rtol=1e-5, atol=1e-6)
+        at += len(r.completion)
+
+
+def sdpa(policy: Policy) -> Policy:
+    policy.model.set_attn_implementation("sdpa")
+    return policy
+
+
+def test_the_baseline_must_have_the_same_tokenizer(
+    road: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastalign.data.tokenizer import train_tokenizer
+
+    other = train_tokenizer(["something else entirely"], 270)
+    real = evaluate.load_tokenizer
+    monkeypatch.setattr(
+        evaluate, "load_tokenizer", lambda name: other if "sft" in name else real(name)
+    )
+    status, _, err = fastalign(
+        capsys,
+        *["evaluate", "--policy", road / "apa" / "model", "--baseline", road / "sft" / "model"],
+        *["--reward", road / "reward" / "model", "--output", tmp_path / "e"],
+    )
+    assert status == 2 and "different tokenizers" in err
