@@ -10,6 +10,7 @@ from torch import nn
 from fastalign.models import Policy, attention_kernels
 from fastalign.models.lora import add_adapter
 from fastalign.models.recompute import recompute_activations
+from fastalign.train.allocator import keep_freed_memory
 from fastalign.train.optim import OptimConfig
 
 
@@ -47,6 +48,7 @@ def prepare_trunk(config: OptimConfig, model: nn.Module) -> None:
     Raises:
         UserError: the model cannot have the adapter, or no layers to recompute activations of.
     """
+    keep_freed_memory()
     attention_kernels.use(config.attention)
     if config.lora.rank:
         add_adapter(model, config.lora)
