@@ -340,3 +340,25 @@ def test_ensembles_that_make_no_sense_are_refused(tokenizer):
     check_same_tokenizer(tokenizer, tokenizer, "a", "b")
     with pytest.raises(UserError, match=r"'a' and the reward model 'b' have different tokenizers"):
         check_same_tokenizer(tokenizer, other, "a", "b")
+
+
+@pytest.mark.parametrize("entropies", [False, True])
+def test_under_autocast_log_probs_are_bfloat16s_and_no_worse_than_transformers(entropies):
+    """Weights stay float32; a step's gradients arrive in float32."""
+    policy = Policy(llama())
+    packed = pack(SEQUENCES, PROMPTS)
+    exact = policy.logprobs(packed)[0].detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, entropy = policy.logprobs(packed, return_entropy=entropies)
+        eager_logp, eager_entropy, _ = padded_forward(policy)
+    assert logp.dtype == torch.float32
+    assert (logp - exact).abs().max() > 1e-3  # it is bfloat16 that computed
+    logp.mean().backward()
+    grads = [p.grad for p in policy.model.parameters()]
+    assert all(g is not None and g.dtype == torch.float32 for g in grads)
+    truth, true_entropy, _ = padded_forward(policy, torch.float64)
+    assert_no_worse(logp.detach(), eager_logp.detach(), truth.detach(), torch.bfloat16)
+    if entropy is not None:
+        assert_no_worse(
+            entropy.detach(), eager_entropy.detach(), true_entropy.detach(), torch.bfloat16
+        )

@@ -10,6 +10,7 @@ from fastalign.data.tokenizer import train_tokenizer
 from fastalign.errors import UserError
 from fastalign.models import Policy, attention_kernels
 from fastalign.models.recompute import recompute_activations
+from fastalign.testing import assert_no_worse
 from fastalign.train.optim import OptimConfig
 from fastalign.train.setup import load_policy
 
@@ -38,11 +39,13 @@ def llama(layers=2, dropout=0.0):
     return LlamaForCausalLM(config)
 
 
-def gradients(policy, packed):
-    """Of a step of supervised fine-tuning, by name."""
-    hidden = policy.response_hidden(packed)
-    targets = packed.response_targets
-    ops.linear_loss(hidden, policy.head_weight, targets, losses.MLE(), {}).loss.backward()
+def gradients(policy, *packs):
+    """Of a step of supervised fine-tuning over all the packs' targets, by name."""
+    n = sum(p.kept.numel() for p in packs)
+    for packed in packs:
+        hidden, targets = policy.response_hidden(packed), packed.response_targets
+        out = ops.linear_loss(hidden, policy.head_weight, targets, losses.MLE(), {}, normalizer=n)
+        out.loss.backward()
     found = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
     return found
@@ -68,6 +71,25 @@ def test_recomputed_activations_give_the_same_gradients_bit_for_bit(monkeypatch,
     with torch.no_grad():  # nothing to recompute, nothing to pay
         policy.hidden(packed)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_several_packs_add_up_to_those_of_one(recompute):
+    policy = Policy(llama())
+    if recompute:
+        recompute_activations(policy.model)
+    one = gradients(policy, pack(SEQUENCES))
+    several = gradients(policy, *(pack([s]) for s in SEQUENCES))
+    truth = gradients(policy.double(), pack(SEQUENCES))
+    largest = max(g.abs().max() for g in truth.values())
+    assert one.keys() == several.keys() == truth.keys() and len(truth) > 10
+    for name, true in truth.items():
+        # Relative to the largest gradient of the model, so that tiny ones are not judged alone.
+        ours, plain, exact = (
+            torch.cat([g.flatten() / largest, torch.ones(1)])
+            for g in (several[name], one[name], true)
+        )
+        assert_no_worse(ours, plain, exact, torch.float32, grad=True)
 
 
 def saved_bytes(policy, packed):
