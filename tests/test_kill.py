@@ -34,15 +34,19 @@ ONLINE = [
 METHODS: dict[str, tuple[list[Any], list[str]]] = {
     "sft": (
         ["--model", "scratch:1m", "--vocab_size", 300, *SUPERVISED],
-        ["start", "step", "checkpoint", "step", "checkpoint", "step", "model"],
+        ["start", "step", "checkpoint", "step", "model"],
     ),
     "reward": (
         ["--model", "SFT", "--heads", 3, "--max_length", 256, *SUPERVISED],
-        ["step", "checkpoint", "step", "checkpoint", "step", "step", "model"],
+        ["step", "checkpoint", "step", "checkpoint", "model"],
+    ),
+    "dpo": (
+        ["--model", "SFT", "--max_length", 256, *SUPERVISED],
+        ["start", "checkpoint", "step", "step", "model"],
     ),
     "apa": (
         ["--policy", "SFT", "--reward", "REWARD", *ONLINE],
-        ["step", "step", "checkpoint", "start", "step", "model"],
+        ["step", "checkpoint", "start", "step", "model"],
     ),
 }
 
@@ -132,11 +136,15 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(warm, models, tmp_path, meth
     for path in sorted(whole.glob("model/*")) + sorted(whole.glob("samples.jsonl")):
         assert (parts / path.relative_to(whole)).read_bytes() == path.read_bytes(), path.name
     assert {p.name for p in parts.glob("model/*")} == {p.name for p in whole.glob("model/*")}
-    cost, expected = (
-        json.loads((folder / "accounting.json").read_text())["total"] for folder in (parts, whole)
+    costs, expected = (
+        json.loads((folder / "accounting.json").read_text())["phases"] for folder in (parts, whole)
     )
-    for name in ("tokens", "trained", "flops"):
-        assert cost[name] == expected[name] > 0
+    if method == "dpo":
+        # Its cache may be the work of a process that died before there was a checkpoint.
+        del expected["reference"]
+    for phase in expected:
+        for name in ("tokens", "trained", "flops"):
+            assert costs[phase][name] == expected[phase][name], (phase, name)
     if (whole / "evaluation.json").exists():
         found, expected = (
             json.loads((folder / "evaluation.json").read_text()) for folder in (parts, whole)

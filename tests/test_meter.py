@@ -137,6 +137,8 @@ def test_totals_add_up_over_a_resume(clock):
     with first.phase("update"):
         clock.work(1000.0)  # done again after the resume
     second = started()
+    with second.phase("reference"):
+        clock.work(2.0)  # before it knows where it goes on
     second.load_state_dict(kept)
     with second.phase("update"):
         clock.work(4.0, watts=1.0)
@@ -145,7 +147,25 @@ def test_totals_add_up_over_a_resume(clock):
     assert found["resumes"] == 1
     expected = {"seconds": 7.0, "joules": 10.0, "flops": 13.0, "tokens": 8, "trained": 6}
     assert found["phases"]["update"] | expected == found["phases"]["update"]
-    assert second.metrics()["tokens"] == 1  # of the step, not of the run
+    assert found["phases"]["reference"]["seconds"] == 2.0
+    # Of the step, which was stopped in its middle, and not of the run.
+    assert second.metrics()["tokens"] == 8
+    assert second.metrics()["tokens"] == 0
+
+
+def test_what_is_skipped_is_no_steps(clock):
+    run = started()
+    with run.phase("reference"):
+        clock.work(9.0)
+        run.count(3, flops=5.0)
+    run.skip()
+    with run.phase("update"):
+        clock.work(2.0)
+        run.count(4, flops=1.0)
+    found = run.metrics()
+    assert (found["tokens"], found["tokens_per_s"], found["flops"]) == (4, 2.0, 1.0)
+    assert "time/reference" not in found
+    assert run.summary()["total"]["flops"] == 6.0
 
 
 def test_where_nothing_counts_joules_they_are_absent(clock, monkeypatch, caplog):

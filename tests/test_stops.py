@@ -111,6 +111,7 @@ def test_a_run_without_a_checkpoint_begins_again(tmp_path, caplog):
         (["config.yaml", "checkpoints/step-000002/weights.safetensors"], False),
         (["config.yaml", "checkpoints/.step-000002.old/weights.safetensors"], False),
         (["config.yaml", "model/model.safetensors"], False),  # somebody deleted its checkpoints
+        (["config.yaml", "metrics.jsonl", "reference/logp.safetensors"], True),
         (["thesis.tex"], False),
     ],
 )

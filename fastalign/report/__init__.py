@@ -2,12 +2,13 @@
 
 ``write_report`` reads a run folder and writes ``report.html`` into it; ``headline`` and
 ``before_after_table`` say the result in one sentence and in one table at the end of a training.
-Siblings: read.py (the folder), compare.py (before against after), plots.py (the figures), page.py
-(the HTML), style.py (its style sheet).
+Siblings: read.py (the folder), compare.py (before against after), accounting.py (costs), plots.py
+(the figures), page.py (the HTML), style.py (its style sheet).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastalign.report.compare import before_after_table, headline
@@ -16,7 +17,9 @@ from fastalign.report.read import ReportError
 __all__ = ["ReportError", "before_after_table", "headline", "write_report"]
 
 
-def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
+def write_report(
+    run_dir: Path | str, out: Path | str | None = None, against: Sequence[Path | str] = ()
+) -> Path:
     """Writes one HTML file that tells the whole story of a run and needs nothing else: no network,
     no script.
 
@@ -26,18 +29,20 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
             name). What is missing or damaged is named in the report.
         out: the file to write, or a folder for ``report.html``; default ``run_dir/report.html``.
             It is replaced whole or not at all.
+        against: runs, or folders of runs, whose costs (``accounting.json``) stand beside this
+            one's.
 
     Returns:
         The path of the file written.
 
     Raises:
         ReportError: the folder does not exist, or neither it nor a stage in it has a
-        ``metrics.jsonl``.
+        ``metrics.jsonl``; or one of ``against`` has no ``accounting.json``.
     """
     from fastalign.report.page import render, write_atomically  # matplotlib is paid for only here
     from fastalign.report.read import read_folder
 
-    road = read_folder(Path(run_dir))
+    road = read_folder(Path(run_dir), [Path(other) for other in against])
     target = road.path / "report.html" if out is None else Path(out)
     if target.is_dir():
         target = target / "report.html"

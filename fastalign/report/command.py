@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastalign.report import before_after_table, headline, write_report
+from fastalign.report.accounting import comparison, costs_of
+from fastalign.report.read import read_folder
 
 
 @dataclass
@@ -17,6 +19,8 @@ class ReportConfig:
     """Folder of one run, or of a road with the runs sft, reward and apa in it."""
     out: str | None = None
     """Where to write it; RUN/report.html by default."""
+    against: str | None = None
+    """Another run, or a folder of runs, whose compute is compared with this one's."""
 
 
 def conclude(folder: Path) -> Path:
@@ -34,6 +38,9 @@ def conclude(folder: Path) -> Path:
 
 def run(config: ReportConfig) -> Path:
     """The path of the report."""
-    path = write_report(Path(config.run), Path(config.out) if config.out else None)
+    against = [Path(config.against)] if config.against else []
+    path = write_report(Path(config.run), Path(config.out) if config.out else None, against)
     print(path)
+    for sentence in comparison(costs_of(read_folder(Path(config.run), against))):
+        print(sentence)
     return path

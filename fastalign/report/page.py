@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastalign.report import preference
+from fastalign.report.accounting import accounting_section
 from fastalign.report.compare import comparison_rows, number, sentences
 from fastalign.report.markup import duration, last_step, method_of, missing, safe
 from fastalign.report.read import Road, Run, seeds
@@ -63,6 +64,8 @@ def render(road: Road) -> str:
         words = missing("No SFT run: no sft/metrics.jsonl.")
         html = words if sft is None else sft_section(sft)
         parts.append(("sft", "Supervised fine-tuning", html))
+    if costs := accounting_section(road):
+        parts.append(("accounting", "What it cost", costs))
     if policy is not None and not from_pairs:
         parts.append(("samples", "Samples", samples_section(policy)))
     parts.append(("configuration", "Configuration", _configuration(road)))

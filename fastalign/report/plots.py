@@ -158,6 +158,7 @@ def time_per_phase(run: Run) -> Plot:
         Line("time/generate", "generate", BLUE),
         Line("time/score", "score", AMBER),
         Line("time/reference", "reference", PURPLE),
+        Line("time/value", "value", RED),
         Line("time/update", "update", GREEN),
     )
     speed = recorded(run, Line("tokens_per_s", "", INK))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ POLICY_METHODS = ("apa", "ppo", "awr", "grpo", "dpo", "rwr", "mle", "dt")
 
 class ReportError(UserError):
     """The folder cannot be reported on; the message is one line for the person at the terminal."""
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """accounting.json: costs by phase and in all; NaN where one was not measured."""
+
+    phases: dict[str, dict[str, float]]
+    total: dict[str, float]
+    energy: str | None
+    peak_flops: float | None
+    peak_source: str | None
+    resumes: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class Run:
     config: str | None
     """The text of config.yaml."""
     notes: list[str] = field(default_factory=list)
+    accounting: Accounting | None = None
 
     def series(self, key: str, phase: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """Steps int64 [n] and values float64 [n] of one metric, where it was logged."""
@@ -78,14 +92,19 @@ class Road:
     reward: Run | None
     sft: Run | None
     notes: list[str]
+    accounts: dict[str, Accounting]
+    """Of all runs in the folder, whatever their method, and of those to compare them with."""
 
     @property
     def runs(self) -> list[Run]:
         return [run for run in (self.policy, self.reward, self.sft) if run is not None]
 
 
-def read_folder(path: Path) -> Road:
+def read_folder(path: Path, against: Sequence[Path] = ()) -> Road:
     """Reads a run folder or a folder of stages.
+
+    Args:
+        against: runs, or folders of runs, whose costs are to stand beside this one's.
 
     Raises:
         ReportError: no such folder, or no ``metrics.jsonl`` in it or in one of its stages.
@@ -117,6 +136,14 @@ def read_folder(path: Path) -> Road:
         }
         if methods:
             stages["policy"] = read_run(path / methods[0], methods[0], "policy")
+    accounts = read_accounts(path, name)
+    for other in against:
+        more = read_accounts(other, other.resolve().name)
+        if not more:
+            raise ReportError(f"report: no accounting.json in {str(other)!r} or in its subfolders")
+        for own_name, account in more.items():
+            key = own_name if own_name not in accounts else f"{other}: {own_name}"
+            accounts[key] = account
     return Road(
         path=path,
         name=name,
@@ -125,7 +152,22 @@ def read_folder(path: Path) -> Road:
         reward=stages.get("reward"),
         sft=stages.get("sft"),
         notes=notes,
+        accounts=accounts,
     )
+
+
+def read_accounts(path: Path, name: str) -> dict[str, Accounting]:
+    """Costs by the run's name: of a run's folder, or of all runs in a folder of them."""
+    if (path / "accounting.json").is_file():
+        account = _read_accounting(path / "accounting.json", [])
+        return {} if account is None else {name: account}
+    found = {}
+    for folder in sorted(path.iterdir()) if path.is_dir() else ():
+        if (folder / "accounting.json").is_file():
+            account = _read_accounting(folder / "accounting.json", [])
+            if account is not None:
+                found[folder.name] = account
+    return found
 
 
 def read_run(path: Path, name: str, kind: str | None = None) -> Run:
@@ -149,6 +191,7 @@ def read_run(path: Path, name: str, kind: str | None = None) -> Run:
         samples=samples,
         config=config,
         notes=notes,
+        accounting=_read_accounting(path / "accounting.json", notes),
     )
 
 
@@ -256,3 +299,26 @@ def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
         notes.append("evaluation.json is damaged or holds no before and after; it is left out.")
         return None
     return evaluation
+
+
+def _read_accounting(path: Path, notes: list[str]) -> Accounting | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        peak = content["peak_flops"]
+        return Accounting(
+            phases={str(name): _numbers(cost) for name, cost in content["phases"].items()},
+            total=_numbers(content["total"]),
+            energy=content["energy"] and str(content["energy"]),
+            peak_flops=peak and float(peak),
+            peak_source=content["peak_source"] and str(content["peak_source"]),
+            resumes=int(content["resumes"]),
+        )
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):
+        notes.append("accounting.json is damaged; it is left out.")
+        return None
+
+
+def _numbers(cost: dict[str, Any]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in cost.items()}

@@ -56,12 +56,13 @@ def claim_folder(folder: Path, *, overwrite: bool, reuse: bool = False) -> None:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether this is the folder of a run that was stopped before its first checkpoint."""
-    begun = {"config.yaml", "metrics.jsonl", "accounting.json", "checkpoints", "reference"}
-    visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    return visible <= begun and not any(
-        path.name.startswith(("step-", ".step-")) and not path.name.endswith(".partial")
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    checkpoints = [
+        path
         for path in folder.glob("checkpoints/*")
-    )
+        if path.name.startswith(("step-", ".step-")) and not path.name.endswith(".partial")
+    ]
+    return ("config.yaml" in names or not names) and "model" not in names and not checkpoints
 
 
 def clear_folder(folder: Path) -> None:

@@ -173,10 +173,9 @@ class Meter:
                 self.totals.setdefault(name, Cost()).add(cost)
 
     def skip(self) -> None:
-        """What passed since the last phase is no step's: reading a checkpoint."""
-        step, self._step = self._step, {}
+        """What passed since the last step is no step's: reading a checkpoint, filling a cache."""
         self._spend(self._phase)
-        self._step = step
+        self._step = {}
 
     def summary(self) -> dict[str, Any]:
         """For accounting.json: costs by phase and in all. Joules are NaN where nothing measured
@@ -208,7 +207,8 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.totals = {name: Cost(**cost) for name, cost in state["totals"].items()}
+        for name, cost in state["totals"].items():
+            self.totals.setdefault(name, Cost()).add(Cost(**cost))
         self._step = {name: Cost(**cost) for name, cost in state["step"].items()}
         self.resumes = state["resumes"] + 1
 

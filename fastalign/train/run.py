@@ -175,10 +175,10 @@ class Run:
             raise RunError(
                 f"the checkpoint is of step {saved.step}, this run has only {self.total} steps"
             )
-        self.meter.load_state_dict(saved.state["meter"])
         self.step = saved.step
         self._drop_metrics_after(saved.step)
         self.meter.skip()
+        self.meter.load_state_dict(saved.state["meter"])
         log.info("resumed at step %d of %d", saved.step, self.total)
         return saved.step
 
