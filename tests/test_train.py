@@ -52,7 +52,8 @@ KEYS = {
     ("reward", "train"): TRAIN | {"accuracy"},
     ("reward", "eval"): COMMON
     | {"loss", "accuracy", "accuracy/ci95", "disagreement"}
-    | {"accuracy/head_0", "accuracy/head_1", "accuracy/head_2"},
+    | {"accuracy/head_0", "accuracy/head_1", "accuracy/head_2", "heads/correlation"}
+    | {"argmin/head_0", "argmin/head_1", "argmin/head_2"},
     ("apa", "train"): TRAIN
     | POLICY
     | HEADS

@@ -1,6 +1,7 @@
 """Reward modelling: K Bradley-Terry heads on one encoder, trained in one run.
 
-L = mean over heads k of mean over pairs of -log sigma(r_k(x, y_w) - r_k(x, y_l))      (2406.01013)
+L = mean over heads k of mean over pairs of -log sigma(r_k(x, y_w) - r_k(x, y_l) - margin)
+    + center_coef (r_k(x, y_w) + r_k(x, y_l))^2                                       (2406.01013)
 
 With a trained encoder the heads share it; with a frozen one each head's problem is convex, so heads
 trained to convergence on the same pairs become one and the same: bootstrap resampling keeps them
@@ -20,13 +21,21 @@ from torch import Tensor
 
 from fastalign import ops
 from fastalign.data import source
-from fastalign.data.packing import Packed, epochs_of_batches, pack, token_budget_batches
+from fastalign.data.packing import epochs_of_batches, token_budget_batches
 from fastalign.data.tokens import TokenizedPreference, tokenize_preferences
 from fastalign.models import RewardEnsemble, load_tokenizer
 from fastalign.models.flops import training_flops
 from fastalign.models.reward import EnsembleConfig
 from fastalign.streams import stream
+from fastalign.train.label_noise import Labels, relabel, strength
 from fastalign.train.optim import OptimConfig, Optimizer
+from fastalign.train.reward_evaluation import (
+    evaluate,
+    packed,
+    pair_length,
+    score_pairs,
+    warn_of_one_head,
+)
 from fastalign.train.run import (
     Run,
     RunError,
@@ -84,6 +93,23 @@ class RewardConfig(OptimConfig):
     """resample: each head sees its own draw of the pairs with replacement; none: all see all."""
     freeze_encoder: bool = False
     """Train the heads only."""
+    encoder_grad_scale: str = "1"
+    """What the encoder's gradient, the mean over the heads, is multiplied with: a number, or 1/K.
+    AdamW undoes a constant factor; what stays is the encoder's share in the clipped norm."""
+    margin: str | None = None
+    """data: each record's margin; or a number for all. The chosen response is to win by so much."""
+    label_smoothing: float = 0.0
+    """Chance that a label is wrong; with --soft_label_below, of the labels chosen by that."""
+    center_coef: float = 0.0
+    """Weight of (r_w + r_l)^2, which keeps scores near 0; 0.01 is usual."""
+    strength_from: str | None = None
+    """A trained ensemble, whose mean r_w - r_l is each pair's strength, for the next three."""
+    flip_below: float = 0.0
+    """Quantile of strength below which labels are turned round: 0.2."""
+    soft_label_below: float = 0.0
+    """Quantile below which the labels that are not turned round are smoothed: 0.4."""
+    adaptive_margin: bool = False
+    """The strength is the margin."""
     epochs: int = 1
     """Passes over the pairs."""
     batch_tokens: int = 8192
@@ -102,17 +128,75 @@ class RewardConfig(OptimConfig):
         at_least(self, 0, "coef", "head_init")
         if self.bootstrap not in ("none", "resample"):
             raise RunError(f"unknown bootstrap {self.bootstrap!r}: expected none or resample")
+        at_least(self, 0, "label_smoothing", "center_coef", "flip_below", "soft_label_below")
+        if self.label_smoothing >= 0.5 or self.flip_below >= 1 or self.soft_label_below >= 1:
+            raise RunError(
+                "expected label_smoothing < 0.5 and quantiles < 1, got "
+                f"{self.label_smoothing}, {self.flip_below} and {self.soft_label_below}"
+            )
+        if self.grad_scale() != 1.0 and self.freeze_encoder:
+            raise RunError(
+                "--encoder_grad_scale does not go with --freeze_encoder: there is no gradient"
+            )
+        self.constant_margin()
+        self._check_labels()
 
+    def _check_labels(self) -> None:
+        """Which options on labels need each other, and which cannot be had together."""
+        treated = {
+            "flip_below": self.flip_below,
+            "soft_label_below": self.soft_label_below,
+            "adaptive_margin": self.adaptive_margin,
+        }
+        for name, value in treated.items():
+            if value and self.strength_from is None:
+                raise RunError(f"--{name} goes by the pairs' strength: it needs --strength_from")
+        if self.adaptive_margin and self.margin is not None:
+            raise RunError("--adaptive_margin and --margin both set the margin: give one of them")
+        if self.flip_below and self.margin == "data":
+            raise RunError(
+                "--flip_below does not go with --margin data: the margin of a record says by how "
+                "much the response wins that is then made the loser"
+            )
+        if self.soft_label_below and not self.label_smoothing:
+            raise RunError("--soft_label_below needs --label_smoothing, by how much")
+        if self.soft_label_below and self.soft_label_below <= self.flip_below:
+            raise RunError(
+                f"--soft_label_below {self.soft_label_below} leaves no pair that --flip_below "
+                f"{self.flip_below} has not turned round: expected a larger quantile"
+            )
 
-def packed(pairs: list[TokenizedPreference]) -> Packed:
-    """One pack: all chosen responses, then all rejected ones."""
-    chosen = [p.prompt + p.chosen for p in pairs]
-    rejected = [p.prompt + p.rejected for p in pairs]
-    return pack(chosen + rejected)
+    def grad_scale(self) -> float:
+        """
+        Raises:
+            RunError: neither a number above 0 nor 1/K.
+        """
+        try:
+            scale = 1.0 / self.heads if self.encoder_grad_scale == "1/K" else None
+            scale = float(self.encoder_grad_scale) if scale is None else scale
+        except ValueError:
+            scale = 0.0
+        if not 0.0 < scale < math.inf:
+            raise RunError(
+                f"encoder_grad_scale {self.encoder_grad_scale!r}: expected 1/K or a number above 0"
+            )
+        return scale
 
+    def constant_margin(self) -> float | None:
+        """The margin of all pairs; None where there is none, or each has its own.
 
-def pair_length(pair: TokenizedPreference) -> int:
-    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+        Raises:
+            RunError: neither a number nor data.
+        """
+        if self.margin in (None, "data"):
+            return None
+        try:
+            margin = float(self.margin)
+        except ValueError:
+            margin = math.nan
+        if not math.isfinite(margin):
+            raise RunError(f"margin {self.margin!r}: expected data or a number")
+        return margin
 
 
 def bootstrap_weights(n_pairs: int, heads: int, seed: int) -> Tensor:
@@ -124,54 +208,48 @@ def bootstrap_weights(n_pairs: int, heads: int, seed: int) -> Tensor:
     return weights
 
 
-def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, totals: Tensor) -> Tensor:
+def pair_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    weights: Tensor,
+    totals: Tensor,
+    *,
+    margin: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    soft: Tensor | None = None,
+    center_coef: float = 0.0,
+) -> Tensor:
     """The part of a batch's loss that some of its pairs carry; the parts add up to the whole.
 
-        1/K sum_k  sum_b weights[b, k] l[b, k] / totals[k]
+        1/K sum_k  sum_b weights[b, k] (l[b, k] + center_coef (r_w + r_l)[b, k]^2) / totals[k]
 
     Args:
         chosen, rejected: fp32 [b, K], scores of these pairs.
         weights: int64 [b, K], how often each pair counts for each head.
         totals: int64 [K], the sum of the weights over the whole batch.
+        margin, label_smoothing: as in `ops.bradley_terry_loss`.
+        soft: bool [b], the pairs whose labels are smoothed; None: all.
+        center_coef: weight of the squared sum of a pair's scores.
     """
-    return ops.bradley_terry_loss(chosen, rejected, head_mask=weights, totals=totals)
 
+    def loss(kept: Tensor, smoothing: float) -> Tensor:
+        return ops.bradley_terry_loss(
+            chosen,
+            rejected,
+            margin=margin,
+            head_mask=kept,
+            totals=totals,
+            label_smoothing=smoothing,
+        )
 
-@torch.no_grad()
-def score_pairs(
-    ensemble: RewardEnsemble, pairs: list[TokenizedPreference], config: RewardConfig
-) -> tuple[Tensor, Tensor]:
-    """fp32 [n, K] scores of the chosen and of the rejected responses."""
-    device = ensemble.weight.device
-    was_training = ensemble.training
-    ensemble.eval()
-    scores = torch.empty(2, len(pairs), ensemble.config.n_heads)
-    lengths = [pair_length(p) for p in pairs]
-    for batch in token_budget_batches(lengths, config.micro_tokens):
-        with autocast(device, config.dtype):
-            both = ensemble(packed([pairs[i] for i in batch]).to(device))
-        scores[:, batch] = both.reshape(2, len(batch), -1).cpu()
-    ensemble.train(was_training)
-    return scores[0], scores[1]
-
-
-def evaluate(
-    ensemble: RewardEnsemble, pairs: list[TokenizedPreference], config: RewardConfig
-) -> dict[str, float]:
-    """Held-out loss, and the accuracy of every head and of the ensemble with a 95 % interval."""
-    chosen, rejected = score_pairs(ensemble, pairs, config)
-    right = (chosen > rejected).float()
-    together = (ensemble.reduce(chosen) > ensemble.reduce(rejected)).float().mean().item()
-    disagreement = torch.cat([chosen, rejected])
-    metrics = {
-        "loss": ops.bradley_terry_loss(chosen, rejected).item(),
-        "accuracy": together,
-        "accuracy/ci95": 1.96 * math.sqrt(max(together * (1 - together), 1e-12) / len(pairs)),
-        "disagreement": disagreement.std(1).mean().item() if ensemble.config.n_heads > 1 else 0.0,
-    }
-    for k, accuracy in enumerate(right.mean(0).tolist()):
-        metrics[f"accuracy/head_{k}"] = accuracy
-    return metrics
+    if soft is None:
+        total = loss(weights, label_smoothing)
+    else:
+        total = loss(weights * soft[:, None], label_smoothing) + loss(weights * ~soft[:, None], 0.0)
+    if center_coef:
+        squares = (weights * (chosen + rejected).square()).sum(0) / totals.clamp(min=1)
+        total = total + center_coef * squares.mean()
+    return total
 
 
 def load_data(
@@ -195,6 +273,45 @@ def load_data(
     return train, test
 
 
+def treat_labels(
+    config: RewardConfig, tokenizer: Any, pairs: list[TokenizedPreference], device: torch.device
+) -> tuple[Labels, dict[str, float]]:
+    """The pairs as they are trained on, with margins; and numbers on what was done to them.
+
+    Raises:
+        RunError: a margin is missing, or the ensemble of --strength_from has another tokenizer.
+    """
+    margin: Tensor | float | None = config.constant_margin()
+    if config.margin == "data":
+        own = [pair.margin for pair in pairs if pair.margin is not None]
+        if len(own) < len(pairs):
+            raise RunError(
+                f"--margin data: {len(pairs) - len(own)} of {len(pairs)} pairs have no margin"
+            )
+        margin = torch.tensor(own)
+    labels = Labels(pairs, margin)
+    if config.strength_from is None:
+        return labels, {}
+    judge = RewardEnsemble.load(config.strength_from).to(device)
+    if load_tokenizer(config.strength_from).get_vocab() != tokenizer.get_vocab():
+        raise RunError(f"--strength_from {config.strength_from}: its tokenizer is another one")
+    check_context(config.max_length, judge.max_length, config.strength_from)
+    mu, std = strength(*score_pairs(judge, pairs, config.micro_tokens, config.dtype))
+    labels, counts = relabel(
+        labels, mu, config.flip_below, config.soft_label_below, config.adaptive_margin
+    )
+    counts |= {
+        "strength/mean": float(mu.mean()),
+        "strength/std_over_heads": float(std.mean()),
+        "strength/negative": float((mu < 0).float().mean()),
+    }
+    log.info(
+        "labels: of %d pairs %.1f %% have a strength below 0; %d turned round, %d smoothed",
+        *(len(pairs), 100 * counts["strength/negative"], counts["flipped"], counts["softened"]),
+    )
+    return labels, counts
+
+
 def train(config: RewardConfig) -> Path:
     """Trains the ensemble; the folder of the model."""
     device = begin(config)
@@ -204,6 +321,8 @@ def train(config: RewardConfig) -> Path:
         )
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     pairs, held_out = load_data(config, tokenizer)
+    labels, counts = treat_labels(config, tokenizer, pairs, device)
+    pairs = labels.pairs
     heads = EnsembleConfig(
         config.heads, config.statistic, config.coef, config.seed, config.head_init
     )
@@ -215,6 +334,8 @@ def train(config: RewardConfig) -> Path:
     prepare_trunk(config, ensemble.encoder)
     ensemble.train()
 
+    encoder, scale = list(ensemble.encoder.parameters()), config.grad_scale()
+
     lengths = [pair_length(p) for p in pairs]
     schedule = epochs_of_batches(lengths, config.epochs, config.batch_tokens, config.seed)
     weights = torch.ones(len(pairs), config.heads, dtype=torch.int64)
@@ -222,9 +343,12 @@ def train(config: RewardConfig) -> Path:
         weights = bootstrap_weights(len(pairs), config.heads, config.seed)
 
     optimizer = Optimizer(config, ensemble, len(schedule))
+    passes = config.micro_tokens, config.dtype
     with Run(config, "reward", len(schedule)) as run:
         others = {"optimizer": optimizer, "inputs": Inputs(data=pairs)}
         start = run.restore(Stateful({"ensemble": ensemble}, others))
+        if start == 0 and counts:
+            run.log(0, "labels", counts)
         for step in range(start + 1, len(schedule) + 1):
             batch = schedule[step - 1]
             totals = weights[batch].sum(0)
@@ -236,12 +360,21 @@ def train(config: RewardConfig) -> Path:
                         scores = ensemble(packed([pairs[i] for i in rows]).to(device))
                     chosen, rejected = scores.chunk(2)
                     kept = (t.to(device) for t in (weights[rows], totals))
-                    loss = pair_loss(chosen, rejected, *kept)
+                    loss = pair_loss(
+                        chosen,
+                        rejected,
+                        *kept,
+                        **labels.of(rows, device),
+                        label_smoothing=config.label_smoothing,
+                        center_coef=config.center_coef,
+                    )
                     loss.backward()
                     total += loss.detach()
                     wins = ensemble.reduce(chosen.detach()) > ensemble.reduce(rejected.detach())
                     right += wins.sum()
                 metrics = {"loss": float(total), "accuracy": float(right) / len(batch)}
+                if scale != 1.0:
+                    torch._foreach_mul_([p.grad for p in encoder if p.grad is not None], scale)
                 metrics |= optimizer.update(run, step, total, {"scores": scores})
                 optimizer.next_step()
                 responses = [len(r) for i in batch for r in (pairs[i].chosen, pairs[i].rejected)]
@@ -259,9 +392,12 @@ def train(config: RewardConfig) -> Path:
             run.log(step, "train", metrics)
             with run.meter.phase("evaluate"):
                 if step == len(schedule):
-                    ensemble.standardise(torch.cat(score_pairs(ensemble, pairs[:500], config)))
+                    ensemble.standardise(torch.cat(score_pairs(ensemble, pairs[:500], *passes)))
                 if held_out and (step % config.eval_every == 0 or step == len(schedule)):
-                    run.log(step, "eval", evaluate(ensemble, held_out, config))
+                    found = evaluate(ensemble, held_out, *passes)
+                    run.log(step, "eval", found)
+                    if step == len(schedule):
+                        warn_of_one_head(found)
             run.end_step(step)
         with run.saving_model() as folder:
             ensemble.save(folder, tokenizer)

@@ -1,0 +1,95 @@
+"""What reward heads say of pairs: scores, held-out accuracy, and how far the heads differ."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from fastalign import ops
+from fastalign.data.packing import Packed, pack, token_budget_batches
+from fastalign.data.tokens import TokenizedPreference
+from fastalign.models import RewardEnsemble
+from fastalign.train.run import autocast
+
+log = logging.getLogger("fastalign")
+
+ONE_HEAD = 0.999
+"""Correlation of margins above which heads count as one."""
+
+
+def packed(pairs: list[TokenizedPreference]) -> Packed:
+    """One pack: all chosen responses, then all rejected ones."""
+    chosen = [p.prompt + p.chosen for p in pairs]
+    rejected = [p.prompt + p.rejected for p in pairs]
+    return pack(chosen + rejected)
+
+
+def pair_length(pair: TokenizedPreference) -> int:
+    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+@torch.no_grad()
+def score_pairs(
+    ensemble: RewardEnsemble, pairs: list[TokenizedPreference], micro_tokens: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """fp32 [n, K] scores of the chosen and of the rejected responses."""
+    device = ensemble.weight.device
+    was_training = ensemble.training
+    ensemble.eval()
+    scores = torch.empty(2, len(pairs), ensemble.config.n_heads)
+    lengths = [pair_length(p) for p in pairs]
+    for batch in token_budget_batches(lengths, micro_tokens):
+        with autocast(device, dtype):
+            both = ensemble(packed([pairs[i] for i in batch]).to(device))
+        scores[:, batch] = both.reshape(2, len(batch), -1).cpu()
+    ensemble.train(was_training)
+    return scores[0], scores[1]
+
+
+def evaluate(
+    ensemble: RewardEnsemble, pairs: list[TokenizedPreference], micro_tokens: int, dtype: str
+) -> dict[str, float]:
+    """Held-out loss, and the accuracy of every head and of the ensemble with a 95 % interval."""
+    chosen, rejected = score_pairs(ensemble, pairs, micro_tokens, dtype)
+    right = (chosen > rejected).float()
+    together = (ensemble.reduce(chosen) > ensemble.reduce(rejected)).float().mean().item()
+    disagreement = torch.cat([chosen, rejected])
+    metrics = {
+        "loss": ops.bradley_terry_loss(chosen, rejected).item(),
+        "accuracy": together,
+        "accuracy/ci95": 1.96 * math.sqrt(max(together * (1 - together), 1e-12) / len(pairs)),
+        "disagreement": disagreement.std(1).mean().item() if ensemble.config.n_heads > 1 else 0.0,
+    }
+    for k, accuracy in enumerate(right.mean(0).tolist()):
+        metrics[f"accuracy/head_{k}"] = accuracy
+    if ensemble.config.n_heads > 1 and len(pairs) > 1:
+        metrics |= differences(chosen, rejected)
+    return metrics
+
+
+def differences(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+    """How far the heads differ on [n, K] scores: "heads/correlation", of two heads' margins r_w -
+    r_l, mean over all two; and "argmin/head_k", the share of responses of which head k says the
+    least (of heads that are not standardised yet, the one with the lowest offset)."""
+    heads = chosen.shape[1]
+    table = torch.corrcoef((chosen - rejected).double().T)
+    others = ~torch.eye(heads, dtype=torch.bool)
+    found = {"heads/correlation": float(table[others].mean())}
+    lowest = torch.cat([chosen, rejected]).argmin(1).bincount(minlength=heads).double()
+    shares = (lowest / lowest.sum()).tolist()
+    return found | {f"argmin/head_{k}": share for k, share in enumerate(shares)}
+
+
+def warn_of_one_head(metrics: dict[str, float]) -> None:
+    """Says where an ensemble has become K copies of one head."""
+    correlation = metrics.get("heads/correlation", 0.0)
+    if correlation > ONE_HEAD:
+        log.warning(
+            "the heads have become one: their margins on held-out pairs correlate at %.5f, and "
+            "min, median and mean say the same. On a frozen encoder each head's problem is convex: "
+            "train fewer steps, or with --bootstrap resample",
+            correlation,
+        )
