@@ -1,11 +1,15 @@
-// Scans over time on CPU (gae, lambda_returns, vtrace): one backward walk over each sequence, sequences in parallel.
-// Formulas and meaning of the arguments: fastalign/ops/gae.py, lambda_returns.py, vtrace.py; the walk: gae_rows.h.
+// Scans over time on CPU (gae, lambda_returns, vtrace): one backward walk over each sequence, and over each piece of a
+// long one, in parallel. Formulas and meaning of the arguments: fastalign/ops/gae.py, lambda_returns.py, vtrace.py; the
+// walk: gae_rows.h.
+#include "huge_pages.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -30,9 +34,22 @@ struct ScanTokens {
   Clips clips;
 };
 
+// What follows some tokens: the advantage of the next kept one and its value.
+struct Carry {
+  double advantage;
+  float next_value;
+};
+
+// A sequence or a piece of one.
 struct ScanRow {
   int64_t begin, end;
-  float gamma, lam, bootstrap;
+  float gamma, lam;
+  Carry after;
+};
+
+// The first advantage of some tokens is scale * (the one after them) + shift.
+struct ScanMap {
+  double scale, shift;
 };
 
 struct Moments {
@@ -49,6 +66,8 @@ struct Moments {
 
 // Advantages whose moments are taken at once, while they are in the cache.
 constexpr int64_t kTokensPerMoment = 2048;
+// Tokens whose map is formed at once. Most rates leave nothing, in float32, of what comes so many tokens later.
+constexpr int64_t kTokensPerMap = 2048;
 
 }  // namespace fastalign
 
@@ -57,8 +76,10 @@ constexpr int64_t kTokensPerMoment = 2048;
 
 namespace {
 
+using fastalign::Carry;
 using fastalign::Moments;
 using fastalign::ScanKind;
+using fastalign::ScanMap;
 using fastalign::ScanRow;
 using fastalign::ScanTokens;
 using torch::headeronly::ScalarType;
@@ -66,7 +87,9 @@ using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
 // Tokens that one thread should have before a second one is worth waking.
-constexpr int64_t kTokensPerTask = 16384;
+constexpr int64_t kTokensPerTask = 65536;
+// Tokens of a piece of a long sequence, whatever the number of threads: the same bits with any.
+constexpr int64_t kTokensPerPiece = 16384;
 
 Maybe dense(const Maybe& x) { return x ? Maybe(torch::stable::contiguous(*x)) : std::nullopt; }
 
@@ -76,6 +99,12 @@ const T* pointer(const Maybe& x) {
 }
 
 float* floats(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+struct Piece {
+  ScanRow row;
+  bool goes_on;  // the next piece belongs to the same sequence
+  double first;  // the advantage of the first kept token, once walked
+};
 
 // Where the sequences are and what each has of its own.
 struct Sequences {
@@ -89,52 +118,104 @@ struct Sequences {
         lam(lam), count(cu_seqlens ? cu_seqlens->size(0) - 1 : rewards.size(0)),
         n_steps(cu_seqlens ? 0 : rewards.size(1)), n_tokens(rewards.numel()) {}
 
-  ScanRow row(int64_t i) const {
+  // Those that are not empty, in order. All pieces of a long one are full but its first.
+  std::vector<Piece> pieces(ScanKind kind) const {
     const int32_t* offsets = pointer<int32_t>(cu_seqlens);
-    const float* own = pointer<float>(rates);
-    return {offsets ? offsets[i] : i * n_steps,
-            offsets ? offsets[i + 1] : (i + 1) * n_steps,
-            own ? own[2 * i] : static_cast<float>(gamma),
-            own ? own[2 * i + 1] : static_cast<float>(lam),
-            bootstrap ? pointer<float>(bootstrap)[i] : 0.0f};
-  }
-
-  // work(row) for all that are not empty; a task takes the sequences that begin in its share of the tokens.
-  template <typename Work>
-  void for_each(const Work& work) const {
-    const int32_t* offsets = pointer<int32_t>(cu_seqlens);
-    torch::stable::parallel_for(0, n_tokens, kTokensPerTask, [&](int64_t first, int64_t last) {
-      int64_t i = offsets ? std::lower_bound(offsets, offsets + count, first) - offsets
-                          : (first + n_steps - 1) / n_steps;
-      for (; i < count && (offsets ? offsets[i] : i * n_steps) < last; ++i) work(i);
-    });
+    const float *own = pointer<float>(rates), *last = pointer<float>(bootstrap);
+    std::vector<Piece> pieces;
+    pieces.reserve(count + n_tokens / kTokensPerPiece);
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = last ? last[i] : 0.0f;
+      ScanRow row{offsets ? offsets[i] : i * n_steps,
+                  0,
+                  own ? own[2 * i] : static_cast<float>(gamma),
+                  own ? own[2 * i + 1] : static_cast<float>(lam),
+                  {kind == ScanKind::discounted ? value : 0.0, value}};
+      const int64_t end = offsets ? offsets[i + 1] : row.begin + n_steps;
+      for (; row.begin < end; row.begin = row.end) {
+        row.end = end - (end - row.begin - 1) / kTokensPerPiece * kTokensPerPiece;
+        pieces.push_back({row, row.end < end, 0.0});
+      }
+    }
+    return pieces;
   }
 };
 
-void scan(ScanKind kind, const Tensor& rewards, const Sequences& sequences, const ScanTokens& tokens,
-          std::vector<Moments>* moments) {
-  if (rewards.numel() == 0) return;
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    sequences.for_each([&](int64_t i) {
-      const ScanRow row = sequences.row(i);
-      Moments* own = moments ? &(*moments)[i] : nullptr;
-      FASTALIGN_CALL(scan_row<T>, kind, tokens, row, own);
-    });
-  };
-  switch (rewards.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::BFloat16:
-      return run(fastalign::Bfloat16{});
-    case ScalarType::Half:
-      return run(fastalign::Float16{});
-    default:
-      STD_TORCH_CHECK(false, "gae: expected float32, bfloat16 or float16 rewards on CPU");
+// work(i) for each piece; a task takes those that begin in its share of the tokens.
+template <typename Work>
+void for_each(const std::vector<Piece>& pieces, int64_t n_tokens, const Work& work) {
+  torch::stable::parallel_for(0, n_tokens, kTokensPerTask, [&](int64_t first, int64_t last) {
+    const auto before = [](const Piece& piece, int64_t token) { return piece.row.begin < token; };
+    size_t i = std::lower_bound(pieces.begin(), pieces.end(), first, before) - pieces.begin();
+    for (; i < pieces.size() && pieces[i].row.begin < last; ++i) work(i);
+  });
+}
+
+// What follows each piece of the sequences that have several, from the maps of the pieces after it.
+template <typename T>
+void find_carries(ScanKind kind, const ScanTokens& tokens, int64_t n_tokens, std::vector<Piece>& pieces) {
+  for (size_t i = pieces.size() - 1; i-- > 0;) {
+    if (pieces[i].goes_on) FASTALIGN_CALL(value_from<T>, tokens, pieces[i + 1].row, &pieces[i].row.after.next_value);
+  }
+  std::vector<ScanMap> maps(pieces.size());
+  for_each(pieces, n_tokens, [&](size_t i) {
+    if (i > 0 && pieces[i - 1].goes_on) FASTALIGN_CALL(map_row<T>, kind, tokens, pieces[i].row, &maps[i]);
+  });
+  for (size_t i = pieces.size() - 1; i-- > 0;) {
+    if (!pieces[i].goes_on) continue;
+    pieces[i].row.after.advantage = maps[i + 1].scale * pieces[i + 1].row.after.advantage + maps[i + 1].shift;
   }
 }
 
-Tensor floats_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes(), ScalarType::Float); }
+template <typename T>
+void walk_all(ScanKind kind, const ScanTokens& tokens, int64_t n_tokens, std::vector<Piece>& pieces,
+              std::vector<Moments>* moments) {
+  const auto walk = [&](size_t i) {
+    FASTALIGN_CALL(scan_row<T>, kind, tokens, pieces[i].row, &pieces[i].first, moments ? &(*moments)[i] : nullptr);
+  };
+  const bool split = std::any_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.goes_on; });
+  if (split) find_carries<T>(kind, tokens, n_tokens, pieces);
+  for_each(pieces, n_tokens, walk);
+  // A map is formed no further than numbers reach. NaN and infinity reach all tokens before them: piece after piece.
+  for (size_t i = pieces.size() - 1; split && i-- > 0;) {
+    double& carry = pieces[i].row.after.advantage;
+    if (pieces[i].goes_on && !(std::isfinite(carry) && std::isfinite(pieces[i + 1].first))) {
+      carry = pieces[i + 1].first;
+      walk(i);
+    }
+  }
+}
+
+// Returns the moments of the advantages of each piece, in their order, where asked for them.
+std::vector<Moments> scan(ScanKind kind, const Tensor& rewards, const Sequences& sequences, const ScanTokens& tokens,
+                          bool statistics = false) {
+  if (rewards.numel() == 0) return {};
+  std::vector<Piece> pieces = sequences.pieces(kind);
+  std::vector<Moments> moments(statistics ? pieces.size() : 0);
+  const auto run = [&](auto zero) {
+    walk_all<decltype(zero)>(kind, tokens, rewards.numel(), pieces, statistics ? &moments : nullptr);
+  };
+  switch (rewards.scalar_type()) {
+    case ScalarType::Float:
+      run(float{});
+      break;
+    case ScalarType::BFloat16:
+      run(fastalign::Bfloat16{});
+      break;
+    case ScalarType::Half:
+      run(fastalign::Float16{});
+      break;
+    default:
+      STD_TORCH_CHECK(false, "gae: expected float32, bfloat16 or float16 rewards on CPU");
+  }
+  return moments;
+}
+
+Tensor floats_like(const Tensor& x) {
+  Tensor y = torch::stable::new_empty(x, x.sizes(), ScalarType::Float);
+  fastalign::advise_huge_pages(y.mutable_data_ptr(), 4 * y.numel());
+  return y;
+}
 
 std::tuple<Tensor, Tensor, Tensor> gae_cpu(const Tensor& rewards_in, const Tensor& values_in, double gamma, double lam,
                                            const Maybe& mask_in, const Maybe& cu_seqlens, const Maybe& bootstrap,
@@ -145,9 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> gae_cpu(const Tensor& rewards_in, const Tenso
   Tensor advantages = floats_like(rewards), returns = floats_like(rewards);
   const ScanTokens tokens{rewards.const_data_ptr(), values.const_data_ptr(), nullptr, pointer<bool>(mask),
                           floats(advantages),       floats(returns),         {}};
-  // Added up in the order of the sequences: the same bits with any number of threads.
-  std::vector<Moments> moments(statistics ? sequences.count : 0);
-  scan(ScanKind::gae, rewards, sequences, tokens, statistics ? &moments : nullptr);
+  const std::vector<Moments> moments = scan(ScanKind::gae, rewards, sequences, tokens, statistics);
   Tensor stats = torch::stable::new_empty(rewards, {statistics ? 3 : 0}, ScalarType::Double);
   if (statistics) {
     Moments all;
@@ -168,7 +247,7 @@ Tensor lambda_returns_cpu(const Tensor& rewards_in, const Maybe& values_in, doub
   Tensor returns = floats_like(rewards);
   const ScanTokens tokens{rewards.const_data_ptr(), pointer<void>(values), nullptr, pointer<bool>(mask), nullptr,
                           floats(returns),          {}};
-  scan(values ? ScanKind::gae : ScanKind::discounted, rewards, sequences, tokens, nullptr);
+  scan(values ? ScanKind::gae : ScanKind::discounted, rewards, sequences, tokens);
   return returns;
 }
 
@@ -183,7 +262,7 @@ std::tuple<Tensor, Tensor> vtrace_cpu(const Tensor& rewards_in, const Tensor& va
   const fastalign::Clips clips{static_cast<float>(rho_bar), static_cast<float>(c_bar), static_cast<float>(pg_rho_bar)};
   const ScanTokens tokens{rewards.const_data_ptr(), values.const_data_ptr(), pointer<float>(log_ratio), pointer<bool>(mask),
                           floats(pg_advantages),    floats(vs),              clips};
-  scan(ScanKind::vtrace, rewards, sequences, tokens, nullptr);
+  scan(ScanKind::vtrace, rewards, sequences, tokens);
   return {vs, pg_advantages};
 }
 

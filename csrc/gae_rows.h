@@ -3,7 +3,8 @@
 //
 // A kept token maps the advantage after it to its own, A -> scale * A + shift, and a dropped one leaves it as it is.
 // Within a register these maps are composed in log2(kLanes) steps, so that only the advantage of its first token and
-// the value of its first kept token pass from one register to the next.
+// the value of its first kept token pass from one register to the next. The maps of whole runs of tokens, composed in
+// the same way, say what a piece of a long sequence makes of what follows it before that is known.
 
 namespace fastalign::FASTALIGN_ISA {
 
@@ -115,20 +116,46 @@ FASTALIGN_INLINE Moments moments_of(const float* x, const bool* mask, int64_t n)
   return {static_cast<double>(count), centre + shift, sum_of(squares) - shift * shift * count};
 }
 
-// What passes from a register of tokens to the one before it.
-struct Carry {
-  float advantage, next_value;
+// The value of the first kept token of the row, else the one after it; 0 where there are no values.
+template <typename T>
+void value_from(const ScanTokens& x, const ScanRow& row, float* value) {
+  int64_t t = row.begin;
+  if (x.mask) {
+    while (t < row.end && !x.mask[t]) ++t;
+  }
+  *value = !x.values ? 0.0f : t < row.end ? one(static_cast<const T*>(x.values) + t) : row.after.next_value;
+}
+
+// The decay from each lane to the next register, and that of a whole one. What passes from register to register is
+// double: in float the rounding of that decay, the same each time, would add up over a long horizon.
+struct Powers {
+  Lanes lanes;
+  double all;
 };
 
-// Tokens t to t + n, n = kLanes if kWhole.
-template <typename T, ScanKind kKind, bool kWhole>
-FASTALIGN_INLINE void scan_block(const ScanTokens& x, const ScanRow& row, Lanes powers, int64_t t, int64_t some,
-                                 Carry& carry) {
+FASTALIGN_INLINE Powers powers_of(float decay) {
+  Powers powers{{}, 1.0};
+  for (int64_t i = kLanes - 1; i >= 0; --i) powers.lanes[i] = static_cast<float>(powers.all *= decay);
+  return powers;
+}
+
+FASTALIGN_INLINE double product_of(Lanes x) {
+  double product = 1.0;
+  for (int64_t i = 0; i < kLanes; ++i) product *= x[i];
+  return product;
+}
+
+// Tokens t to t + n, n = kLanes if kWhole. Writes the results, or multiplies `scale` by that of the tokens' map.
+template <typename T, ScanKind kKind, bool kWrite, bool kWhole>
+FASTALIGN_INLINE void scan_block(const ScanTokens& x, const ScanRow& row, const Powers& powers, int64_t t,
+                                 int64_t some, Carry& carry, double* scale_of_all) {
   const int64_t n = kWhole ? kLanes : some;
   const float decay = row.gamma * row.lam;
   if (kWhole && x.mask && all_are(x.mask + t, false)) {
-    if (x.advantages) store(x.advantages + t, Lanes{});
-    store(x.returns + t, Lanes{});
+    if constexpr (kWrite) {
+      if (x.advantages) store(x.advantages + t, Lanes{});
+      store(x.returns + t, Lanes{});
+    }
     return;
   }
   const T* rewards = static_cast<const T*>(x.rewards) + t;
@@ -142,12 +169,15 @@ FASTALIGN_INLINE void scan_block(const ScanTokens& x, const ScanRow& row, Lanes 
     from = full ? v : first_kept(v, kept, carry.next_value);
     delta += row.gamma * later<1>(from, broadcast(carry.next_value)) - v;
   }
-  Lanes a, out;
+  const float after = static_cast<float>(carry.advantage);
+  double scale_of_block = powers.all;
+  Lanes a, out, shift = delta;
   if (full && kKind != ScanKind::vtrace) {
-    a = decayed_sums(delta, decay) + powers * carry.advantage;
+    shift = decayed_sums(delta, decay);
+    a = shift + powers.lanes * after;
     out = a;
   } else {
-    Lanes weight = broadcast(1.0f), shift = delta, scale = broadcast(decay);
+    Lanes weight = broadcast(1.0f), scale = broadcast(decay);
     if constexpr (kKind == ScanKind::vtrace) {
       weight = exp_lanes(at_most(kept ? load_lanes(x.log_ratio + t, n) : Lanes{}, 88.0f));
       scale = decay * at_most(weight, x.clips.c_bar);
@@ -155,50 +185,89 @@ FASTALIGN_INLINE void scan_block(const ScanTokens& x, const ScanRow& row, Lanes 
     }
     scale = kept ? scale : broadcast(1.0f);
     shift = kept ? shift : Lanes{};
+    scale_of_block = product_of(scale);
     compose(scale, shift);
-    a = shift + scale * carry.advantage;
+    a = shift + scale * after;
     out = a;
     if constexpr (kKind == ScanKind::vtrace) {
-      const Lanes a_after = later<1>(a, broadcast(carry.advantage));
+      const Lanes a_after = later<1>(a, broadcast(after));
       out = at_most(weight, x.clips.pg_rho_bar) * (delta + row.gamma * a_after);
     }
   }
-  carry = {a[0], from[0]};
-  if (x.advantages) store_lanes(x.advantages + t, kept ? out : Lanes{}, n);
-  store_lanes(x.returns + t, kept ? a + v : Lanes{}, n);
+  carry = {shift[0] + scale_of_block * carry.advantage, from[0]};
+  if constexpr (!kWrite) *scale_of_all *= scale_of_block;
+  if constexpr (kWrite) {
+    if (x.advantages) store_lanes(x.advantages + t, kept ? out : Lanes{}, n);
+    store_lanes(x.returns + t, kept ? a + v : Lanes{}, n);
+  }
+}
+
+// The tokens before t, a register of them or as many as there are from `begin` on; returns where they begin.
+template <typename T, ScanKind kKind, bool kWrite>
+FASTALIGN_INLINE int64_t step_back(const ScanTokens& x, const ScanRow& row, const Powers& powers, int64_t begin,
+                                   int64_t t, Carry& carry, double* scale) {
+  if (t - begin >= kLanes) {
+    scan_block<T, kKind, kWrite, true>(x, row, powers, t - kLanes, kLanes, carry, scale);
+    return t - kLanes;
+  }
+  scan_block<T, kKind, kWrite, false>(x, row, powers, begin, t - begin, carry, scale);
+  return begin;
 }
 
 template <typename T, ScanKind kKind>
-void scan_row_of(const ScanTokens& x, const ScanRow& row, Moments* moments) {
-  Lanes powers;  // of the decay, from each lane to the next register
-  float power = 1.0f;
-  for (int64_t i = kLanes - 1; i >= 0; --i) powers[i] = power *= row.gamma * row.lam;
-  Carry carry{kKind == ScanKind::discounted ? row.bootstrap : 0.0f, row.bootstrap};
+void scan_row_of(const ScanTokens& x, const ScanRow& row, double* first, Moments* moments) {
+  const Powers powers = powers_of(row.gamma * row.lam);
+  Carry carry = row.after;
+  Moments all;
   int64_t t = row.end, pending = row.end;  // advantages [t, pending) await their moments
   while (t > row.begin) {
-    if (t - row.begin >= kLanes) {
-      t -= kLanes;
-      scan_block<T, kKind, true>(x, row, powers, t, kLanes, carry);
-    } else {
-      scan_block<T, kKind, false>(x, row, powers, row.begin, t - row.begin, carry);
-      t = row.begin;
-    }
+    t = step_back<T, kKind, true>(x, row, powers, row.begin, t, carry, nullptr);
     if (moments && (pending - t >= kTokensPerMoment || t == row.begin)) {
-      moments->add(moments_of(x.advantages + t, x.mask ? x.mask + t : nullptr, pending - t));
+      all.add(moments_of(x.advantages + t, x.mask ? x.mask + t : nullptr, pending - t));
       pending = t;
     }
+  }
+  *first = carry.advantage;
+  if (moments) *moments = all;
+}
+
+// From the first token on, until nothing of what follows is left.
+template <typename T, ScanKind kKind>
+void map_row_of(const ScanTokens& x, const ScanRow& row, ScanMap* map) {
+  const Powers powers = powers_of(row.gamma * row.lam);
+  *map = {1.0, 0.0};
+  for (int64_t begin = row.begin; begin < row.end && static_cast<float>(map->scale) != 0.0f; begin += kTokensPerMap) {
+    const int64_t end = begin + kTokensPerMap < row.end ? begin + kTokensPerMap : row.end;
+    Carry carry{0.0, 0.0f};
+    value_from<T>(x, {end, row.end, row.gamma, row.lam, row.after}, &carry.next_value);
+    double scale = 1.0;
+    for (int64_t t = end; t > begin;) t = step_back<T, kKind, false>(x, row, powers, begin, t, carry, &scale);
+    map->shift += map->scale * carry.advantage;
+    map->scale *= scale;
   }
 }
 
 template <typename T>
-void scan_row(ScanKind kind, const ScanTokens& x, const ScanRow& row, Moments* moments) {
+void scan_row(ScanKind kind, const ScanTokens& x, const ScanRow& row, double* first, Moments* moments) {
   switch (kind) {
     case ScanKind::gae:
-      return scan_row_of<T, ScanKind::gae>(x, row, moments);
+      return scan_row_of<T, ScanKind::gae>(x, row, first, moments);
     case ScanKind::discounted:
-      return scan_row_of<T, ScanKind::discounted>(x, row, moments);
+      return scan_row_of<T, ScanKind::discounted>(x, row, first, moments);
     case ScanKind::vtrace:
-      return scan_row_of<T, ScanKind::vtrace>(x, row, moments);
+      return scan_row_of<T, ScanKind::vtrace>(x, row, first, moments);
+  }
+}
+
+template <typename T>
+void map_row(ScanKind kind, const ScanTokens& x, const ScanRow& row, ScanMap* map) {
+  switch (kind) {
+    case ScanKind::gae:
+      return map_row_of<T, ScanKind::gae>(x, row, map);
+    case ScanKind::discounted:
+      return map_row_of<T, ScanKind::discounted>(x, row, map);
+    case ScanKind::vtrace:
+      return map_row_of<T, ScanKind::vtrace>(x, row, map);
   }
 }
 

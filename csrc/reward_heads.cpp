@@ -1,5 +1,6 @@
 // Reward heads on rows of hidden states on CPU. Formulas and the meaning of the arguments:
 // fastalign/ops/reward_heads.py; the products: reward_heads_rows.h.
+#include "huge_pages.h"
 #include "reduce_scores.h"
 
 #include <torch/csrc/stable/library.h>
@@ -28,10 +29,11 @@ using fastalign::Statistic;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Products, samples and bytes that one thread should have before a second one is worth waking.
-constexpr int64_t kProductsPerTask = 262144;
-constexpr int64_t kSamplesPerTask = 256;
-constexpr int64_t kBytesPerTask = 262144;
+// Products and samples that one thread should have before a second one is worth waking; in the backward pass, products
+// and bytes of zeros together that make both worth it.
+constexpr int64_t kProductsPerTask = 1 << 20;
+constexpr int64_t kSamplesPerTask = 1024;
+constexpr int64_t kWorkToShare = 8 << 20;
 // Rows and columns whose products the backward pass forms together: they stay in the caches.
 constexpr int64_t kRowBlock = 64;
 constexpr int64_t kColumnBlock = 256;
@@ -152,16 +154,17 @@ Named named_rows(std::vector<int64_t> rows, const ScoreGradients& gradients, con
   return named;
 }
 
-// Zeros in the rows of out [n_rows] that are not named.
-void clear_others(const std::vector<int64_t>& named, int64_t n_rows, int64_t row_bytes, char* out) {
-  const int64_t n = static_cast<int64_t>(named.size());
-  const int64_t grain = std::max<int64_t>(1, kBytesPerTask / row_bytes);
-  torch::stable::parallel_for(0, n + 1, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = i == 0 ? 0 : named[i - 1] + 1, end = i == n ? n_rows : named[i];
-      std::memset(out + begin * row_bytes, 0, (end - begin) * row_bytes);
+// Zeros in bytes [begin, end) of the rows of out [n_rows] that are not named.
+void clear_others(const std::vector<int64_t>& named, int64_t n_rows, int64_t row_bytes, char* out, int64_t begin,
+                  int64_t end) {
+  size_t next = 0;
+  for (int64_t row = 0; row < n_rows; ++row) {
+    if (next < named.size() && named[next] == row) {
+      ++next;
+    } else {
+      std::memset(out + row * row_bytes + begin, 0, end - begin);
     }
-  });
+  }
 }
 
 // Fills dhidden, dweight and dbias, contiguous; those without elements are left alone. Columns are shared out among
@@ -207,8 +210,10 @@ void reward_heads_backward_cpu(Tensor dhidden, Tensor dweight, Tensor dbias,
     heads_from[k] = static_cast<const float*>(weight.const_data_ptr()) + k * width;
     heads_to[k] = dw + k * width;
   }
-  if (needs_hidden) clear_others(named.rows, hidden.size(0), width * bytes, dx);
+  if (needs_hidden) fastalign::advise_huge_pages(dx, hidden.size(0) * width * bytes);
   if (needs_heads) std::fill(dw, dw + heads * width, 0.0f);
+  const int64_t cleared = needs_hidden ? (hidden.size(0) - n) * width * bytes : 0;
+  const bool shared = n * width * heads * (needs_hidden + needs_heads) + cleared >= kWorkToShare;
   with_type(hidden, [&](auto zero) {
     using T = decltype(zero);
     const auto tile = [&](int64_t first, int64_t begin, int64_t end) {
@@ -221,7 +226,10 @@ void reward_heads_backward_cpu(Tensor dhidden, Tensor dweight, Tensor dbias,
         FASTALIGN_CALL(dhidden_rows<T>, d, count, heads, heads_from.data(), to.data() + first, begin, end);
       }
     };
-    torch::stable::parallel_for(0, width, kColumnBlock, [&](int64_t task_begin, int64_t task_end) {
+    torch::stable::parallel_for(0, width, shared ? kColumnBlock : width, [&](int64_t task_begin, int64_t task_end) {
+      if (cleared > 0) {
+        clear_others(named.rows, hidden.size(0), width * bytes, dx, task_begin * bytes, task_end * bytes);
+      }
       for (int64_t first = 0; first < n; first += kRowBlock) {
         for (int64_t begin = task_begin; begin < task_end; begin += kColumnBlock) {
           tile(first, begin, std::min(begin + kColumnBlock, task_end));

@@ -15,6 +15,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 BACKENDS = ("reference", "cpp", "triton")
@@ -73,6 +74,20 @@ def plain(tensor: Tensor) -> bool:
     """Whether an op may run without the dispatcher, whose 0.1 to 0.2 ms for many arguments are more
     than a small op takes: not with tracers, and tensors that only stand for others."""
     return type(tensor) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """NotImplementedError where a tensor carries a tangent (``torch.func.jvp``, dual numbers).
+
+    The ops have backward formulas only, and torch would take a missing forward one for 0.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"{op}: expected tensors without tangents (torch.func.jvp, dual numbers): there is a "
+            "backward derivative only"
+        )
 
 
 def choose(op: str, tensor: Tensor) -> str:

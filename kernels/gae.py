@@ -9,7 +9,7 @@ written once.
 A program takes one sequence, or BATCH_ROWS short ones. Few long sequences are split:
 ``_scan_chunk_kernel`` composes the maps of each chunk, and the main kernel then treats a chunk as a
 sequence that begins with the composition of the chunks after it. No program waits for another, and
-all sums have a fixed order.
+all sums have a fixed order. The maps are formed in scan_inputs.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastalign.kernels.scan_inputs import (
+    chunk_of,
+    compose,
+    compose_with_rest,
+    first_column,
+    maps_of,
+    rates_and_end,
+    sequence_of,
+    value_from,
+)
 
 BLOCK_T = 1024
 CHUNK = 4096  # tokens of one program when sequences are split
@@ -47,158 +58,6 @@ GENERIC = {
 }
 
 
-@triton.jit
-def _compose(scale_late, shift_late, scale_early, shift_early):
-    return scale_early * scale_late, scale_early * shift_late + shift_early
-
-
-@triton.jit
-def _compose_with_rest(
-    scale_late, shift_late, rest_scale_late, rest_shift_late,
-    scale_early, shift_early, rest_scale_early, rest_shift_early,
-):  # fmt: skip
-    """Maps of a range of tokens, and of the same range without its earliest token."""
-    scale, shift = _compose(scale_late, shift_late, scale_early, shift_early)
-    rest_scale, rest_shift = _compose(scale_late, shift_late, rest_scale_early, rest_shift_early)
-    return scale, shift, rest_scale, rest_shift
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b)
-
-
-@triton.jit
-def _first(x, columns):
-    """The first column of a tile, [rows, 1]."""
-    return tl.sum(tl.where(columns == 0, x, 0.0), 1, keep_dims=True)
-
-
-@triton.jit
-def _sequence(cu_seqlens_ptr, n_steps, row, real, PACKED: tl.constexpr):
-    """Where sequences begin and how long they are; n_steps is the number of tokens if packed.
-
-    Offsets that mark no tokens of the tensors, which nobody has looked at on a GPU, are cut off.
-    """
-    if PACKED:
-        begin = tl.load(cu_seqlens_ptr + row, mask=real, other=0)
-        end = tl.load(cu_seqlens_ptr + row + 1, mask=real, other=0)
-        begin = tl.minimum(tl.maximum(begin, 0), n_steps)
-        length = tl.minimum(tl.maximum(end, begin), n_steps) - begin
-        begin = begin.to(tl.int64)
-    else:
-        begin = row * n_steps
-        length = tl.where(real, n_steps, 0)
-    return begin, length
-
-
-@triton.jit
-def _chunk(
-    cu_seqlens_ptr, n_rows, n_steps, n_chunks, PACKED: tl.constexpr, CHUNK_T: tl.constexpr,
-    BLOCK_SEQUENCES: tl.constexpr,
-):  # fmt: skip
-    """The sequence of this program and its chunk of it.
-
-    Packed sequence s has the programs from cu_seqlens[s] // CHUNK_T + s on: at least as many as it
-    has chunks, and no more of them in total than chunks of all tokens and sequences.
-    """
-    program = tl.program_id(0)
-    if PACKED:
-        s = tl.arange(0, BLOCK_SEQUENCES)
-        begins = tl.load(cu_seqlens_ptr + s, mask=s < n_rows, other=0)
-        begins = tl.minimum(tl.maximum(begins, 0), n_steps)
-        programs = begins // CHUNK_T + s
-        mine = (s < n_rows) & (programs <= program)
-        row = tl.max(tl.where(mine, s, 0), 0)
-        chunk = program - tl.max(tl.where(mine, programs, 0), 0)
-    else:
-        row = program // n_chunks
-        chunk = program % n_chunks
-    return row.to(tl.int64), chunk
-
-
-@triton.jit
-def _rates_and_end(
-    rates_ptr, bootstrap_ptr, row, real, gamma, lam, PER_ROW: tl.constexpr,
-    HAS_BOOTSTRAP: tl.constexpr,
-):  # fmt: skip
-    """gamma, lam and the value after the last token of sequences."""
-    if PER_ROW:
-        gamma = tl.load(rates_ptr + 2 * row, mask=real, other=0.0)
-        lam = tl.load(rates_ptr + 2 * row + 1, mask=real, other=0.0)
-    last = 0.0
-    if HAS_BOOTSTRAP:
-        last = tl.load(bootstrap_ptr + row, mask=real, other=0.0)
-    return gamma, lam, last
-
-
-@triton.jit
-def _is_kept(mask_ptr, at, inside, HAS_MASK: tl.constexpr):
-    kept = inside
-    if HAS_MASK:
-        kept = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
-    return kept
-
-
-@triton.jit
-def _value_from(
-    values_ptr, mask_ptr, begin, t, length, last, HAS_VALUES: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The value of the first kept token at or after t of one sequence, `last` if there is none."""
-    value = last
-    if HAS_MASK and HAS_VALUES:
-        searching = t < length
-        while searching:
-            at = t + tl.arange(0, BLOCK)
-            kept = _is_kept(mask_ptr, begin + at, at < length, HAS_MASK)
-            first = tl.min(tl.where(kept, at, length), 0)
-            value = tl.load(values_ptr + begin + first, mask=first < length, other=0.0)
-            value = tl.where(first < length, value.to(tl.float32), last)
-            t += BLOCK
-            searching = (first == length) & (t < length)
-    return value
-
-
-@triton.jit
-def _maps(
-    rewards_ptr, values_ptr, log_ratio_ptr, mask_ptr, begin, t, columns, end, length, next_value,
-    last, gamma, lam, rho_bar, c_bar,
-    HAS_VALUES: tl.constexpr, HAS_RATIO: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of a tile of tokens t < end: (kept, value, delta, weight, scale, shift, value of the first
-    kept one or after)."""
-    kept = _is_kept(mask_ptr, begin + t, t < end, HAS_MASK)
-    delta = tl.load(rewards_ptr + begin + t, mask=kept, other=0.0).to(tl.float32)
-    value = tl.zeros_like(delta)
-    if HAS_VALUES:
-        value = tl.load(values_ptr + begin + t, mask=kept, other=0.0).to(tl.float32)
-        if HAS_MASK:
-            # Column t looks at token t + 1: the scan ends in the next kept token, with no shift.
-            following = _is_kept(mask_ptr, begin + t + 1, t + 1 < end, HAS_MASK)
-            following = following & (columns < BLOCK - 1)
-            at = tl.associative_scan(tl.where(following, t + 1, end), 1, _smaller, reverse=True)
-            after = tl.load(values_ptr + begin + at, mask=at < end, other=0.0).to(tl.float32)
-            after = tl.where(at < end, after, next_value)
-            next_value = _first(tl.where(kept, value, after), columns)
-        else:
-            inside = t + 1 < length
-            after = tl.load(values_ptr + begin + t + 1, mask=inside, other=0.0).to(tl.float32)
-            after = tl.where(inside, after, last)
-        delta = delta + gamma * after - value
-    weight = tl.zeros_like(delta) + 1.0
-    scale = gamma * lam * weight
-    shift = delta
-    if HAS_RATIO:
-        weight = tl.exp(tl.load(log_ratio_ptr + begin + t, mask=kept, other=0.0))
-        # Not tl.minimum, which drops NaN.
-        scale = gamma * lam * tl.where(weight > c_bar, c_bar, weight)
-        shift = tl.where(weight > rho_bar, rho_bar, weight) * delta
-    scale = tl.where(kept, scale, 1.0)
-    shift = tl.where(kept, shift, 0.0)
-    return kept, value, delta, weight, scale, shift, next_value
-
-
 @triton.jit(**GENERIC)
 def _scan_chunk_kernel(
     rewards_ptr, values_ptr, log_ratio_ptr, mask_ptr, cu_seqlens_ptr, bootstrap_ptr, rates_ptr,
@@ -208,16 +67,18 @@ def _scan_chunk_kernel(
     HAS_BOOTSTRAP: tl.constexpr, PER_ROW: tl.constexpr,
     CHUNK_T: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
 ):  # fmt: skip
-    row, chunk = _chunk(cu_seqlens_ptr, n_rows, n_steps, n_chunks, PACKED, CHUNK_T, BLOCK_SEQUENCES)
-    begin, length = _sequence(cu_seqlens_ptr, n_steps, row, True, PACKED)
-    gamma, lam, last = _rates_and_end(
+    row, chunk = chunk_of(
+        cu_seqlens_ptr, n_rows, n_steps, n_chunks, PACKED, CHUNK_T, BLOCK_SEQUENCES
+    )
+    begin, length = sequence_of(cu_seqlens_ptr, n_steps, row, True, PACKED)
+    gamma, lam, last = rates_and_end(
         rates_ptr, bootstrap_ptr, row, True, gamma, lam, PER_ROW, HAS_BOOTSTRAP
     )
     columns = tl.arange(0, BLOCK)[None, :]
     start = chunk * CHUNK_T
     end = tl.minimum(start + CHUNK_T, length)
     if (chunk > 0) & (start < length):  # nobody asks for the map of the first chunk
-        next_value = _value_from(
+        next_value = value_from(
             values_ptr, mask_ptr, begin, end, length, last, HAS_VALUES, HAS_MASK, BLOCK
         )
         next_value = tl.zeros([1, 1], tl.float32) + next_value
@@ -226,14 +87,14 @@ def _scan_chunk_kernel(
         n_blocks = tl.cdiv(end - start, BLOCK)
         for block in range(n_blocks):
             t = start + (n_blocks - 1 - block) * BLOCK + columns
-            _, _, _, _, scale, shift, next_value = _maps(
+            _, _, _, _, scale, shift, next_value = maps_of(
                 rewards_ptr, values_ptr, log_ratio_ptr, mask_ptr, begin, t, columns, end, length,
                 next_value, last, gamma, lam, rho_bar, c_bar,
                 HAS_VALUES, HAS_RATIO, HAS_MASK, BLOCK,
             )  # fmt: skip
-            scale, shift = tl.associative_scan((scale, shift), 1, _compose, reverse=True)
-            first_scale = _first(scale, columns)
-            total_shift = first_scale * total_shift + _first(shift, columns)
+            scale, shift = tl.associative_scan((scale, shift), 1, compose, reverse=True)
+            first_scale = first_column(scale, columns)
+            total_shift = first_scale * total_shift + first_column(shift, columns)
             total_scale = first_scale * total_scale
         at = maps_ptr + 2 * tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int32)
         tl.store(at, total_scale)
@@ -279,16 +140,16 @@ def _scan_kernel(
     carry = tl.zeros([BLOCK_ROWS, 1], tl.float32)
     next_value = tl.zeros([BLOCK_ROWS, 1], tl.float32)
     if SPLIT:
-        row, chunk = _chunk(
+        row, chunk = chunk_of(
             cu_seqlens_ptr, n_rows, n_steps, n_chunks, PACKED, CHUNK_T, BLOCK_SEQUENCES
         )
-        begin, length = _sequence(cu_seqlens_ptr, n_steps, row, True, PACKED)
-        gamma, lam, last = _rates_and_end(
+        begin, length = sequence_of(cu_seqlens_ptr, n_steps, row, True, PACKED)
+        gamma, lam, last = rates_and_end(
             rates_ptr, bootstrap_ptr, row, True, gamma, lam, PER_ROW, HAS_BOOTSTRAP
         )
         start = chunk * CHUNK_T
         end = tl.minimum(start + CHUNK_T, length)
-        next_value += _value_from(
+        next_value += value_from(
             values_ptr, mask_ptr, begin, end, length, last, HAS_VALUES, HAS_MASK, BLOCK
         )
         if not HAS_VALUES:
@@ -300,14 +161,14 @@ def _scan_kernel(
             at = maps_ptr + 2 * (program + 1 + later)
             scale = tl.load(at, mask=later < n_later, other=1.0)
             shift = tl.load(at + 1, mask=later < n_later, other=0.0)
-            scale, shift = tl.associative_scan((scale, shift), 1, _compose, reverse=True)
+            scale, shift = tl.associative_scan((scale, shift), 1, compose, reverse=True)
             first = tl.arange(0, BLOCK_MAPS)[None, :]
-            carry = _first(scale, first) * carry + _first(shift, first)
+            carry = first_column(scale, first) * carry + first_column(shift, first)
         n_blocks = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
     else:
         row = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-        begin, length = _sequence(cu_seqlens_ptr, n_steps, row, row < n_rows, PACKED)
-        gamma, lam, last = _rates_and_end(
+        begin, length = sequence_of(cu_seqlens_ptr, n_steps, row, row < n_rows, PACKED)
+        gamma, lam, last = rates_and_end(
             rates_ptr, bootstrap_ptr, row, row < n_rows, gamma, lam, PER_ROW, HAS_BOOTSTRAP
         )
         start = 0
@@ -322,20 +183,20 @@ def _scan_kernel(
     squares = tl.full([], 0.0, tl.float64)
     for block in range(n_blocks):
         t = start + (n_blocks - 1 - block) * BLOCK + columns
-        kept, value, delta, weight, scale, shift, next_value = _maps(
+        kept, value, delta, weight, scale, shift, next_value = maps_of(
             rewards_ptr, values_ptr, log_ratio_ptr, mask_ptr, begin, t, columns, end, length,
             next_value, last, gamma, lam, rho_bar, c_bar, HAS_VALUES, HAS_RATIO, HAS_MASK, BLOCK,
         )  # fmt: skip
         if HAS_RATIO:
             rest = (tl.zeros_like(scale) + 1.0, tl.zeros_like(shift))
             scale, shift, rest_scale, rest_shift = tl.associative_scan(
-                (scale, shift, rest[0], rest[1]), 1, _compose_with_rest, reverse=True
+                (scale, shift, rest[0], rest[1]), 1, compose_with_rest, reverse=True
             )
             capped = tl.where(weight > pg_rho_bar, pg_rho_bar, weight)
             result = capped * (delta + gamma * (rest_scale * carry + rest_shift))
             advantage = scale * carry + shift
         else:
-            scale, shift = tl.associative_scan((scale, shift), 1, _compose, reverse=True)
+            scale, shift = tl.associative_scan((scale, shift), 1, compose, reverse=True)
             advantage = scale * carry + shift
             result = advantage
         tl.store(returns_ptr + begin + t, tl.where(kept, advantage + value, 0.0), mask=t < end)
@@ -345,7 +206,7 @@ def _scan_kernel(
         if HAS_PARTS:
             moments = _tile_moments(advantage, kept)
             count, mean, squares = _merged(count, mean, squares, moments[0], moments[1], moments[2])
-        carry = _first(advantage, columns)
+        carry = first_column(advantage, columns)
     if HAS_PARTS:
         tl.store(parts_ptr + 3 * program, count)
         tl.store(parts_ptr + 3 * program + 1, mean)

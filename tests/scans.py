@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import fastalign as fa
+from fastalign.ops import gae
+from fastalign.testing import assert_no_worse
+
 BACKENDS = ["reference", "cpp", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,6 +40,22 @@ def to_double(kwargs: dict) -> dict:
         key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
         for key, x in kwargs.items()
     }
+
+
+def eager_in_dtype(rewards: Tensor, values: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    """The reference as the eager computation of the same dtype (its carry is float32)."""
+    with fa.backend("reference"):
+        return gae(rewards, values, **kwargs)
+
+
+def check_gae(backend: str, rewards: Tensor, values: Tensor, **kwargs) -> None:
+    truth = gae(rewards.double(), values.double(), **to_double(kwargs))
+    eager = eager_in_dtype(rewards, values, **kwargs)
+    with fa.backend(backend):
+        got = gae(rewards, values, **kwargs)
+    for one, same, true in zip(got, eager, truth, strict=True):
+        assert one.dtype == torch.float32 and one.is_contiguous()
+        assert_no_worse(one, same, true, rewards.dtype)
 
 
 def small_blocks(monkeypatch) -> None:

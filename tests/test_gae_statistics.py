@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastalign as fa
 from fastalign.ops import gae, whiten
+from fastalign.testing import TOLERANCES, assert_no_worse
 
 NAN = float("nan")
 
@@ -72,7 +73,7 @@ def test_triton_split(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_blocks_of_moments(backend: str) -> None:
     """More tokens in a row than have their moments taken at once."""
-    steps = 1500 if backend == "triton" else 5000
+    steps = {"triton": 1500, "reference": 5000, "cpp": 40_000}[backend]  # three pieces in C++
     rewards, values, mask, _ = make_inputs(2, steps, torch.float32, device_of(backend))
     found(backend, rewards, values)
     found(backend, rewards, values, mask=mask)
@@ -110,14 +111,47 @@ def test_fewer_than_two_cells(backend: str) -> None:
             assert gae(empty, empty, return_statistics=True)[2].tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_whitening_needs_no_second_look(backend: str) -> None:
+def test_whiten_takes_them_and_looks_once(backend: str, masked: bool, shift_mean: bool) -> None:
     rewards, values, mask, _ = make_inputs(7, 333, torch.float32, device_of(backend))
+    given = mask if masked else None
     with fa.backend(backend):
-        advantages, _, statistics = gae(rewards, values, mask=mask, return_statistics=True)
-    _, mean, var = statistics
-    whitened = torch.where(mask, (advantages - mean) * (var + 1e-8) ** -0.5, 0.0)
-    torch.testing.assert_close(whitened.float(), whiten(advantages, mask), atol=2e-6, rtol=0)
+        advantages, _, statistics = gae(rewards, values, mask=given, return_statistics=True)
+        looks = whiten(advantages, given, shift_mean=shift_mean)
+        takes = whiten(advantages, given, shift_mean=shift_mean, statistics=statistics)
+        others = whiten(advantages, given, statistics=torch.tensor([9.0, 1.0, 4.0]).to(statistics))
+    truth = whiten(advantages.double(), given, shift_mean=shift_mean)
+    assert_no_worse(takes, looks, truth, torch.float32)
+    kept = torch.ones_like(mask) if given is None else given
+    by_hand = torch.where(kept, (advantages.double() - 1.0) / 2.0, 0.0)  # mean 1, variance 4
+    assert (others - by_hand).abs().max() <= 4 * TOLERANCES[torch.float32].floor
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whitening_by_the_statistics_of_fewer_than_two_cells(backend: str) -> None:
+    x = torch.tensor([[NAN, 5.0]], device=device_of(backend))
+    one, none = ([[1.0, 5.0, 0.0]], [[0.0, 0.0, 0.0]])
+    with fa.backend(backend):
+        for (row,), mask in ((one, ~x.isnan()), (none, x > 9)):
+            statistics = torch.tensor(row, dtype=torch.float64, device=x.device)
+            assert whiten(x, mask, statistics=statistics).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "statistics, message",
+    [
+        (torch.zeros(2).double(), r"\[3\] of float64 \(count, mean, variance\), got \(2,\)"),
+        (torch.zeros(3), r"\[3\] of float64.*got \(3,\) torch.float32"),
+        (torch.zeros(3, device="meta").double(), "on the device of x, cpu, got meta"),
+    ],
+)
+def test_statistics_that_whiten_refuses(statistics: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"whiten: expected statistics {message}"):
+        whiten(torch.zeros(2, 3), statistics=statistics)
+    with pytest.raises(ValueError, match="x that requires no gradient with statistics"):
+        whiten(torch.zeros(3, requires_grad=True), statistics=torch.zeros(3).double())
 
 
 def test_the_same_in_a_compiled_graph() -> None:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign.backend import CPP_BUILT, choose, plain
+from fastalign.backend import CPP_BUILT, choose, plain, refuse_forward_mode
 from fastalign.ops.direct import CODES, address, dense, direct
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
@@ -303,6 +303,7 @@ def bradley_terry_loss(
         dtype = torch.promote_types(dtype, rejected.dtype)
     if margin is not None and margin.dtype == torch.float64:
         dtype = torch.float64
+    refuse_forward_mode("bradley_terry_loss", chosen, rejected, margin)
     args = (
         chosen if chosen.dtype == dtype else chosen.to(dtype),
         rejected if rejected.dtype == dtype else rejected.to(dtype),

@@ -29,7 +29,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose
+from fastalign.backend import choose, plain
 from fastalign.ops.scan_inputs import (
     carry_dtype,
     check_scan,
@@ -83,8 +83,7 @@ def statistics_reference(advantages: Tensor, mask: Tensor | None) -> Tensor:
     return torch.stack([count, mean, variance])
 
 
-@torch.library.custom_op("fastalign::gae", mutates_args=())
-def _gae(
+def _computed(
     rewards: Tensor,
     values: Tensor,
     gamma: float,
@@ -108,6 +107,9 @@ def _gae(
     advantages, returns = gae_reference(*args)
     none = advantages.new_empty(0, dtype=torch.float64)
     return advantages, returns, statistics_reference(advantages, mask) if statistics else none
+
+
+_gae = torch.library.custom_op("fastalign::gae", _computed, mutates_args=())
 
 
 @_gae.register_fake
@@ -192,9 +194,8 @@ def gae(
             content is checked on CPU only (a check on GPU would wait; FASTALIGN_DEBUG=1 makes it).
         bootstrap: [B] or [S], the value after the last token: 0 (the default) when the response
             ended, the value of the next state when it was cut off.
-        return_statistics: also return what whitening needs, taken in the same pass: with
-            ``count, mean, var = statistics`` whitened advantages are
-            ``(advantages - mean) * (var + 1e-8) ** -0.5``.
+        return_statistics: also return what whitening needs, taken in the same pass:
+            ``whiten(advantages, mask, statistics=statistics)`` reads the advantages once.
 
     Returns:
         (advantages, returns), contiguous, of the shape of ``rewards``; float32, or float64 for
@@ -205,5 +206,6 @@ def gae(
         ValueError: a shape, dtype, device, rate or offset that does not fit.
     """
     inputs = check_scan("gae", rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
-    advantages, returns, statistics = _gae(*inputs, return_statistics)
+    call = _computed if plain(rewards) else _gae
+    advantages, returns, statistics = call(*inputs, return_statistics)
     return (advantages, returns, statistics) if return_statistics else (advantages, returns)

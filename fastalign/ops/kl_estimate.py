@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign.backend import CPP_BUILT, choose, plain
+from fastalign.backend import CPP_BUILT, choose, plain, refuse_forward_mode
 from fastalign.ops.direct import CODES, dense, direct
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
@@ -173,6 +173,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
     Raises:
         ValueError: an unknown kind, or shapes, dtypes or devices that do not fit.
     """
+    refuse_forward_mode("kl_estimate", logp, ref_logp)
     check_kind("kl_estimate", kind)
     if logp.shape != ref_logp.shape:
         raise ValueError(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose
+from fastalign.backend import choose, plain
 from fastalign.ops.scan_inputs import (
     ScanInputs,
     carry_dtype,
@@ -68,8 +68,7 @@ def lambda_returns_reference(
     return torch.where(kept, returns, torch.zeros_like(returns))
 
 
-@torch.library.custom_op("fastalign::lambda_returns", mutates_args=())
-def _lambda_returns(
+def _computed(
     rewards: Tensor,
     values: Tensor | None,
     gamma: float,
@@ -90,6 +89,9 @@ def _lambda_returns(
     if which == "cpp":
         return torch.ops.fastalign_cpp.lambda_returns(*args)
     return lambda_returns_reference(*args)
+
+
+_lambda_returns = torch.library.custom_op("fastalign::lambda_returns", _computed, mutates_args=())
 
 
 @_lambda_returns.register_fake
@@ -127,9 +129,8 @@ def lambda_returns(
         ValueError: a shape, dtype, device, rate or offset that does not fit.
     """
     op = "lambda_returns"
-    return _lambda_returns(
-        *check_scan(op, rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
-    )
+    inputs = check_scan(op, rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
+    return (_computed if plain(rewards) else _lambda_returns)(*inputs)
 
 
 def discounted_returns(
@@ -152,4 +153,4 @@ def discounted_returns(
     """
     op = "discounted_returns"
     inputs: ScanInputs = check_scan(op, rewards, None, gamma, 1.0, mask, cu_seqlens, bootstrap)
-    return _lambda_returns(*inputs)
+    return (_computed if plain(rewards) else _lambda_returns)(*inputs)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign.backend import CPP_BUILT, choose, plain
+from fastalign.backend import CPP_BUILT, choose, plain, refuse_forward_mode
 from fastalign.losses.value import ValueLoss
 from fastalign.ops.direct import address, dense, direct
 from fastalign.ops.policy_reduce import (
@@ -257,6 +257,7 @@ def _reduced(
     form, tokens = policy.form, policy.tokens
     like = tokens["logp" if "logp" in tokens else "values"]
     scale, own = shares(op, policy.reduction, layout, like, policy.per_sequence)
+    refuse_forward_mode(op, *map(tokens.get, ("logp", "entropy", "values")), policy.kl)
     mask = None if layout.mask is None else flat(layout.mask, torch.bool)
     x = Tokens(**tokens, mask=mask, scale=scale)
     normalizer = own if normalizer is None else normalizer

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign.backend import CPP_BUILT, choose, plain
+from fastalign.backend import CPP_BUILT, choose, plain, refuse_forward_mode
 from fastalign.losses.grpo import sequence_of_token
 from fastalign.losses.inputs import wide
 from fastalign.losses.preference import PreferenceLoss
@@ -332,6 +332,7 @@ def preference_loss(
     """
     if not isinstance(loss, PreferenceLoss):
         raise ValueError(f"{OP}: expected a preference loss of fastalign.losses, got {loss!r}")
+    refuse_forward_mode(OP, logp)
     layout = check_layout(OP, logp, "logp", mask, cu_seqlens)
     offsets = layout.cu_seqlens
     given = dict(ref_logp=ref_logp, chosen_is_ref=chosen_is_ref, desirable=desirable, z0=z0)

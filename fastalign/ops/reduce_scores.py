@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose
+from fastalign.backend import choose, plain, refuse_forward_mode
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
 STATISTICS = ("mean", "min", "lcb", "uwo", "median")
@@ -112,8 +112,8 @@ def dscores_reference(
     return total
 
 
-@torch.library.custom_op("fastalign::reduce_scores", mutates_args=())
-def _reduce_scores(scores: Tensor, reduce: str, coef: float) -> tuple[Tensor, Tensor]:
+def _computed(scores: Tensor, reduce: str, coef: float) -> tuple[Tensor, Tensor]:
+    """``reduce_scores_reference``, by the backend in force."""
     which = choose("reduce_scores", scores)
     chosen = statistic(reduce, coef, scores.shape[1])
     if which == "triton":
@@ -123,6 +123,9 @@ def _reduce_scores(scores: Tensor, reduce: str, coef: float) -> tuple[Tensor, Te
     if which == "cpp":
         return torch.ops.fastalign_cpp.reduce_scores(scores.float(), *chosen)
     return reduce_scores_reference(scores, reduce, coef)
+
+
+_reduce_scores = torch.library.custom_op("fastalign::reduce_scores", _computed, mutates_args=())
 
 
 @_reduce_scores.register_fake
@@ -195,6 +198,7 @@ def reduce_scores(scores: Tensor, reduce: str, coef: float | None = None) -> Ten
         ValueError: an unknown statistic, no heads or more than 64, a dtype that is not one of the
             four, or a coef that is missing, negative or not finite.
     """
+    refuse_forward_mode("reduce_scores", scores)
     number = check_statistic("reduce_scores", reduce, coef)
     if scores.dim() == 0 or not 1 <= scores.shape[-1] <= MAX_HEADS:
         raise ValueError(
@@ -204,4 +208,6 @@ def reduce_scores(scores: Tensor, reduce: str, coef: float | None = None) -> Ten
     if scores.dtype not in FLOAT_DTYPES:
         raise ValueError(f"reduce_scores: expected a floating dtype, got {scores.dtype}")
     rows = scores.reshape(-1, scores.shape[-1])
-    return _reduce_scores(rows, reduce, number)[0].reshape(scores.shape[:-1])
+    constant = not (rows.requires_grad and torch.is_grad_enabled())
+    call = _computed if constant and plain(rows) else _reduce_scores
+    return call(rows, reduce, number)[0].reshape(scores.shape[:-1])

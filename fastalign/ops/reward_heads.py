@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from fastalign.backend import choose
+from fastalign.backend import choose, refuse_forward_mode
 from fastalign.ops.reduce_scores import (
     MAX_HEADS,
     check_statistic,
@@ -380,6 +380,7 @@ def reward_heads(
                 f"reward_heads: expected {name} on the device of hidden, {hidden.device}, "
                 f"got {tensor.device}"
             )
+    refuse_forward_mode("reward_heads", hidden, weight, bias)
     number = 0.0 if reduce is None else check_statistic("reward_heads", reduce, coef)
     # Tracers, and tensors that only stand for others, need the op.
     if type(hidden) not in (Tensor, Parameter) or torch.compiler.is_compiling():

@@ -2,6 +2,8 @@
 
 Used by gae, lambda_returns and vtrace. A sequence is a row of [B, T], or one of the S parts of a
 packed [N] that ``cu_seqlens`` marks.
+
+What the Triton kernels of the scans share: kernels/scan_inputs.py.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastalign.backend import refuse_forward_mode
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
 # Stands for "no row is ignored" where an op wants an integer (32 bits, as -100): no target is this
@@ -345,7 +346,8 @@ def _columns(dz: Tensor) -> int:
 
 def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """ValueError unless hidden [N, H], weight [V, H] and bias [V] fit, in one float dtype, on one
-    device."""
+    device; NotImplementedError for tangents."""
+    refuse_forward_mode(op, hidden, weight, bias)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{op}: expected hidden [N, H] and weight [V, H], "

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose, plain
+from fastalign.backend import choose, plain, refuse_forward_mode
 from fastalign.ops.token_logprobs import (
     FLOAT_DTYPES,
     accumulation_dtype,
@@ -365,6 +365,7 @@ def token_kl(
         ValueError: shapes, dtypes or devices that do not fit, or temperature <= 0.
     """
     op = "token_kl"
+    refuse_forward_mode(op, logits)
     if logits.dim() < 1 or logits.dtype not in FLOAT_DTYPES or logits.shape[-1] < 1:
         raise ValueError(
             f"{op}: expected float logits of shape [..., V] with V >= 1, "

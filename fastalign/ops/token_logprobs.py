@@ -29,7 +29,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose, plain
+from fastalign.backend import choose, plain, refuse_forward_mode
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -376,6 +376,7 @@ def token_logprobs(
             FASTALIGN_DEBUG=1 the first row whose target is neither in [0, V) nor ``ignore_index``.
     """
     op = "token_logprobs"
+    refuse_forward_mode(op, logits)
     if logits.dim() < 1 or logits.dtype not in FLOAT_DTYPES or logits.shape[-1] < 1:
         raise ValueError(
             f"{op}: expected float logits of shape [..., V] with V >= 1, "

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.backend import choose
+from fastalign.backend import choose, plain
 from fastalign.ops.scan_inputs import (
     carry_dtype,
     check_like,
@@ -90,8 +90,7 @@ def vtrace_reference(
     return torch.where(kept, values + excesses, zero), torch.where(kept, advantages, zero)
 
 
-@torch.library.custom_op("fastalign::vtrace", mutates_args=())
-def _vtrace(
+def _computed(
     rewards: Tensor,
     values: Tensor,
     log_ratio: Tensor,
@@ -117,6 +116,9 @@ def _vtrace(
     if which == "cpp":
         return torch.ops.fastalign_cpp.vtrace(*args)
     return vtrace_reference(*args)
+
+
+_vtrace = torch.library.custom_op("fastalign::vtrace", _computed, mutates_args=())
 
 
 @_vtrace.register_fake
@@ -182,4 +184,5 @@ def vtrace(
     assert checked_values is not None
     weights = log_ratio.detach().to(carry_dtype(rewards.dtype))
     rates = (gammas, lams, *map(float, caps.values()))
-    return VTrace(*_vtrace(rewards, checked_values, weights, *rates, *others))
+    call = _computed if plain(rewards) else _vtrace
+    return VTrace(*call(rewards, checked_values, weights, *rates, *others))

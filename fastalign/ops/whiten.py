@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.backend import choose, plain
+from fastalign.backend import choose, plain, refuse_forward_mode
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
 
@@ -94,10 +94,10 @@ def _(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.new_empty(3, dtype=torch.float64)
 
 
-@torch.library.custom_op("fastalign::whiten_by", mutates_args=())
-def _whiten_by(
+def _computed_by(
     x: Tensor, mask: Tensor | None, moments: Tensor, eps: float, shift_mean: bool
 ) -> Tensor:
+    """``whiten_by_reference``, by the backend in force."""
     which = choose("whiten", x)
     if which == "triton":
         from fastalign.kernels.whiten import whiten_by_fwd
@@ -106,6 +106,9 @@ def _whiten_by(
     if which == "cpp":
         return torch.ops.fastalign_cpp.whiten_by(x, mask, moments, eps, shift_mean)
     return whiten_by_reference(x, mask, moments, eps, shift_mean)
+
+
+_whiten_by = torch.library.custom_op("fastalign::whiten_by", _computed_by, mutates_args=())
 
 
 @_whiten_by.register_fake
@@ -198,7 +201,11 @@ def masked_moments(
     Raises:
         ValueError: as ``whiten``, in the name of ``op``.
     """
-    moments = _moments(x.detach(), check_cells(op, x, mask))
+    return over_ranks(_moments(x.detach(), check_cells(op, x, mask)), group)
+
+
+def over_ranks(moments: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The moments of all ranks of a group together, the same bits on each."""
     if group is None:
         return moments
     size = dist.get_world_size(group)
@@ -209,6 +216,21 @@ def masked_moments(
     return merged_moments(parts)
 
 
+def moments_by(op: str, statistics: Tensor, x: Tensor) -> Tensor:
+    """(n, mean, M2) from (n, mean, variance); ValueError for what ``gae`` would not return."""
+    if statistics.shape != (3,) or statistics.dtype != torch.float64:
+        raise ValueError(
+            f"{op}: expected statistics [3] of float64 (count, mean, variance), "
+            f"got {tuple(statistics.shape)} {statistics.dtype}"
+        )
+    if statistics.device != x.device:
+        raise ValueError(
+            f"{op}: expected statistics on the device of x, {x.device}, got {statistics.device}"
+        )
+    count, mean, variance = statistics.unbind()
+    return torch.stack([count, mean, variance * (count - 1.0).clamp(min=0.0)])
+
+
 def whiten(
     x: Tensor,
     mask: Tensor | None = None,
@@ -216,6 +238,7 @@ def whiten(
     shift_mean: bool = True,
     eps: float = 1e-8,
     group: dist.ProcessGroup | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """Scales the kept cells of ``x`` to variance 1, and to mean 0 unless ``shift_mean`` is False.
 
@@ -231,25 +254,33 @@ def whiten(
         group: a ``torch.distributed`` process group: statistics over the kept cells of all its
             ranks, which may differ in number. Every rank must call. ``x`` must then be a constant:
             no gradient crosses ranks.
+        statistics: [3], float64: count, mean and unbiased variance of the kept cells (with a group,
+            of this rank's), as ``gae(..., return_statistics=True)`` returns them with the
+            advantages and the same mask. ``x`` is then read once, and must be a constant.
 
     Returns:
         The shape of ``x``, contiguous, float32 (float64 for float64).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, eps <= 0, or an ``x`` that requires a
-            gradient beside a group.
+            gradient beside a group or statistics.
+        NotImplementedError: an ``x`` with a tangent (forward-mode derivatives).
     """
+    refuse_forward_mode("whiten", x)
     mask = check_cells("whiten", x, mask)
     if not 0.0 < eps < math.inf:
         raise ValueError(f"whiten: expected eps > 0, got {eps}")
     constant = not (x.requires_grad and torch.is_grad_enabled())
-    if group is None:
+    if group is None and statistics is None:
         call = _computed if constant and plain(x) else _whiten
         return call(x, mask, float(eps), shift_mean)[0]
     if not constant:
-        raise ValueError("whiten: expected an x that requires no gradient with a group")
-    moments = masked_moments("whiten", x, mask, group)
-    return _whiten_by(x.detach(), mask, moments, float(eps), shift_mean)
+        given = "a group" if statistics is None else "statistics"
+        raise ValueError(f"whiten: expected an x that requires no gradient with {given}")
+    x = x.detach()
+    own = _moments(x, mask) if statistics is None else moments_by("whiten", statistics, x)
+    call_by = _computed_by if plain(x) else _whiten_by
+    return call_by(x, mask, over_ranks(own, group), float(eps), shift_mean)
 
 
 def check_cells(op: str, x: Tensor, mask: Tensor | None) -> Tensor | None:
