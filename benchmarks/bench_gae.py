@@ -7,6 +7,7 @@ speed of a copy. About 6 FLOP a token (12 for vtrace). Rivals, in the same inter
 
   loop            over time with a few tensor operations per step and a stack at the end, as TRL,
                   torchtune and OpenRLHF have it; with a mask as verl has it
+  loop, time first  over rows of [T, B], written in place, as CleanRL has it
   NumPy, packed   a loop over the steps of rows into which sequences are packed, whose ends are
                   flags: the form of open-instruct
   lfilter         SciPy's recursive filter of the TD errors, where SciPy is installed
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Run, arguments, medians, report, share
-from fastalign.ops import discounted_returns, gae, lambda_returns, vtrace
+from fastalign.ops import discounted_returns, gae, lambda_returns, vtrace, whiten
 
 SHAPES = [(64, 512), (256, 1024), (1024, 4096), (16, 131_072)]
 GAMMA, LAM = 0.99, 0.95
@@ -51,6 +52,23 @@ def loop(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
     advantages = backwards(steps, step)
     return advantages, advantages + values
+
+
+def time_first_loop(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """On [T, B], contiguous."""
+    advantages = torch.zeros_like(rewards)
+    advantage: Any = 0.0
+    following: Any = 0.0
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + GAMMA * following - values[t]
+        advantages[t] = advantage = delta + GAMMA * LAM * advantage
+        following = values[t]
+    return advantages, advantages + values
+
+
+def whitened(rewards: Tensor, values: Tensor, mask: Tensor, rates: dict[str, Any]) -> Tensor:
+    advantages, _, statistics = gae(rewards, values, mask=mask, return_statistics=True, **rates)
+    return whiten(advantages, mask, statistics=statistics)
 
 
 def masked_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +204,16 @@ class Batch:
             "gae, statistics": ("gae", 2, lambda: gae(r, v, **stats)),
             "gae, mask": ("gae, mask", 2, lambda: gae(r, v, mask=mask, **rates)),
             "gae, mask, statistics": ("gae, mask", 2, lambda: gae(r, v, mask=mask, **stats)),
+            "gae, mask, then whiten": (
+                "gae, mask, whiten",
+                3,
+                lambda: whiten(gae(r, v, mask=mask, **rates)[0], mask),
+            ),
+            "gae, mask, whiten by its statistics": (
+                "gae, mask, whiten",
+                3,
+                lambda: whitened(r, v, mask, rates),
+            ),
             "discounted_returns": ("discounted", 1, lambda: discounted_returns(r, gamma=GAMMA)),
             "lambda_returns": ("lambda", 1, lambda: lambda_returns(r, v, **rates)),
             "vtrace": ("vtrace", 3, lambda: vtrace(r, v, w, gamma=GAMMA)),
@@ -194,8 +222,10 @@ class Batch:
     def rivals(self) -> dict[str, tuple[str, Run]]:
         r, v = self.rewards, self.values
         numbers = self.mask.to(r.dtype)
+        time_first = (r.t().contiguous(), v.t().contiguous())
         runs: dict[str, tuple[str, Run]] = {
             "loop": ("gae", lambda: loop(r, v)),
+            "loop, time first": ("gae", lambda: time_first_loop(*time_first)),
             "loop with a mask": ("gae, mask", lambda: masked_loop(r, v, numbers)),
             "loop of discounted returns": ("discounted", lambda: discounted_loop(r)),
             "loop of lambda-returns": ("lambda", lambda: lambda_loop(r, v)),
@@ -225,6 +255,7 @@ def bench(rows: int, steps: int, options: Any) -> list[dict[str, Any]]:
     taken = medians(runs, options.device, options.repeats, limit)
     copied = 2 * source.numel() / taken["copy (ceiling)"]
     # The loop over the same inputs as each of ours.
+    # Of several the first one named.
     rival_of = {case: taken[name] for name, (case, _) in reversed(rivals.items())}
     found = []
     for name, time in taken.items():

@@ -5,8 +5,9 @@
 Traffic: cells and mask are read once and float32 is written; the op reads the cells twice, as it
 must know the mean before it can write. The ceiling is a copy of as many bytes. Rivals, in the same
 interleaved run: masked mean, masked variance with Bessel's correction, and the whitening by them,
-as TRL and verl have it, eager and through torch.compile; and the op without a mask, and on the kept
-cells packed. Shapes: B x T, rows of unequal length.
+as TRL and verl have it, eager and through torch.compile; and the op without a mask, on the kept
+cells packed, and with the statistics given, as gae returns them. Shapes: B x T, rows of unequal
+length.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def bench(rows: int, steps: int, options: Any) -> list[dict[str, Any]]:
     x = torch.randn(rows, steps, device=device).to(dtype)
     mask = of_unequal_length(rows, steps, device)
     packed = x[mask]
+    own = packed.double()
+    statistics = torch.stack([own.new_tensor(own.numel()), own.mean(), own.var()])
     size = rows * steps * (x.element_size() + 5)
     source, spare = torch.zeros(2, size // 2, dtype=torch.uint8, device=device)
     runs: dict[str, Run] = {
@@ -51,6 +54,7 @@ def bench(rows: int, steps: int, options: Any) -> list[dict[str, Any]]:
         "fastalign": lambda: whiten(x, mask),
         "fastalign, no mask": lambda: whiten(x),
         "fastalign, packed": lambda: whiten(packed),
+        "fastalign, statistics given": lambda: whiten(x, mask, statistics=statistics),
         "masked_whiten": lambda: masked_whiten(x, mask),
     }
     if "compile" not in options.without:

@@ -217,6 +217,20 @@ Tensor floats_like(const Tensor& x) {
   return y;
 }
 
+template <typename T>
+bool rise(const T* offsets, int64_t size, int64_t n_tokens) {
+  return offsets[0] == 0 && offsets[size - 1] == n_tokens && std::is_sorted(offsets, offsets + size);
+}
+
+// Whether offsets, int32 or int64, rise from 0 to the number of tokens.
+bool offsets_fit_cpu(const Tensor& offsets_in, int64_t n_tokens) {
+  const Tensor offsets = torch::stable::contiguous(offsets_in);
+  const void* data = offsets.const_data_ptr();
+  const int64_t size = offsets.size(0);
+  return offsets.scalar_type() == ScalarType::Int ? rise(static_cast<const int32_t*>(data), size, n_tokens)
+                                                  : rise(static_cast<const int64_t*>(data), size, n_tokens);
+}
+
 std::tuple<Tensor, Tensor, Tensor> gae_cpu(const Tensor& rewards_in, const Tensor& values_in, double gamma, double lam,
                                            const Maybe& mask_in, const Maybe& cu_seqlens, const Maybe& bootstrap,
                                            const Maybe& rates, bool statistics) {
@@ -269,6 +283,7 @@ std::tuple<Tensor, Tensor> vtrace_cpu(const Tensor& rewards_in, const Tensor& va
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastalign_cpp, m) {
+  m.def("offsets_fit(Tensor cu_seqlens, int n_tokens) -> bool");
   m.def(
       "gae(Tensor rewards, Tensor values, float gamma, float lam, Tensor? mask, Tensor? cu_seqlens, "
       "Tensor? bootstrap, Tensor? rates, bool statistics) -> (Tensor, Tensor, Tensor)");
@@ -281,6 +296,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastalign_cpp, CPU, m) {
+  m.impl("offsets_fit", TORCH_BOX(&offsets_fit_cpu));
   m.impl("gae", TORCH_BOX(&gae_cpu));
   m.impl("lambda_returns", TORCH_BOX(&lambda_returns_cpu));
   m.impl("vtrace", TORCH_BOX(&vtrace_cpu));

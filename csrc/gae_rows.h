@@ -5,6 +5,7 @@
 // Within a register these maps are composed in log2(kLanes) steps, so that only the advantage of its first token and
 // the value of its first kept token pass from one register to the next. The maps of whole runs of tokens, composed in
 // the same way, say what a piece of a long sequence makes of what follows it before that is known.
+#include "moments_lanes.h"
 
 namespace fastalign::FASTALIGN_ISA {
 
@@ -52,69 +53,14 @@ FASTALIGN_INLINE Lanes first_kept(Lanes x, IntLanes kept, float last) {
   return kept ? x : broadcast(last);
 }
 
-FASTALIGN_INLINE IntLanes first_lanes(int64_t n) {
-  IntLanes lane = {};
-  for (int32_t i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < (int32_t)n;
-}
-
-typedef uint8_t ByteLanes __attribute__((vector_size(FASTALIGN_BYTES / 4)));
-
-FASTALIGN_INLINE IntLanes load_mask(const bool* p, int64_t n) {
-  ByteLanes bytes = {};
-  std::memcpy(&bytes, p, n);
-  return __builtin_convertvector(bytes, IntLanes) != 0;
-}
-
 // Whether all (or none) of the kLanes cells are kept.
 FASTALIGN_INLINE bool all_are(const bool* p, bool kept) {
-  ByteLanes wanted;
-  std::memset(&wanted, kept ? 1 : 0, sizeof(wanted));
-  return std::memcmp(p, &wanted, sizeof(wanted)) == 0;
-}
-
-template <typename T>
-FASTALIGN_INLINE Lanes load_lanes(const T* p, int64_t n) {
-  return n == kLanes ? load(p) : load_some(p, n);
-}
-
-FASTALIGN_INLINE void store_lanes(float* p, Lanes x, int64_t n) {
-  if (n == kLanes) {
-    store(p, x);
-  } else {
-    store_some(p, x, n);
-  }
+  bool wanted[kLanes];
+  std::memset(wanted, kept ? 1 : 0, sizeof(wanted));
+  return std::memcmp(p, wanted, sizeof(wanted)) == 0;
 }
 
 FASTALIGN_INLINE Lanes at_most(Lanes x, float most) { return x > most ? broadcast(most) : x; }  // NaN stays
-
-// Count, mean and sum of squares about it of n advantages at x, 0 where dropped. The cells are still in the cache. The
-// second pass also corrects the mean, so that equal advantages have a variance of 0.
-FASTALIGN_INLINE Moments moments_of(const float* x, const bool* mask, int64_t n) {
-  const int64_t whole = n / kLanes * kLanes;
-  Lanes sum = {}, off = {}, squares = {};
-  IntLanes counts = {};
-  const auto add = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
-    sum += load_lanes(x + i, some);
-    counts -= mask ? load_mask(mask + i, some) : first_lanes(some);
-  };
-  for (int64_t i = 0; i < whole; i += kLanes) add(i, kLanes);
-  if (whole < n) add(whole, n - whole);
-  int64_t count = 0;
-  for (int64_t i = 0; i < kLanes; ++i) count += counts[i];
-  if (count == 0) return {};
-  const float centre = sum_of(sum) / static_cast<float>(count);
-  const auto add_squares = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
-    const IntLanes kept = mask ? load_mask(mask + i, some) : first_lanes(some);
-    const Lanes d = kept ? load_lanes(x + i, some) - centre : Lanes{};
-    off += d;
-    squares += d * d;
-  };
-  for (int64_t i = 0; i < whole; i += kLanes) add_squares(i, kLanes);
-  if (whole < n) add_squares(whole, n - whole);
-  const double shift = static_cast<double>(sum_of(off)) / count;
-  return {static_cast<double>(count), centre + shift, sum_of(squares) - shift * shift * count};
-}
 
 // The value of the first kept token of the row, else the one after it; 0 where there are no values.
 template <typename T>
@@ -130,13 +76,27 @@ void value_from(const ScanTokens& x, const ScanRow& row, float* value) {
 // double: in float the rounding of that decay, the same each time, would add up over a long horizon.
 struct Powers {
   Lanes lanes;
-  double all;
+  double of[kLanes + 1];  // so many tokens
 };
 
 FASTALIGN_INLINE Powers powers_of(float decay) {
-  Powers powers{{}, 1.0};
-  for (int64_t i = kLanes - 1; i >= 0; --i) powers.lanes[i] = static_cast<float>(powers.all *= decay);
+  Powers powers;
+  powers.of[0] = 1.0;
+  for (int64_t i = 1; i <= kLanes; ++i) {
+    powers.of[i] = powers.of[i - 1] * decay;
+    powers.lanes[kLanes - i] = static_cast<float>(powers.of[i]);
+  }
   return powers;
+}
+
+// How many of n <= kLanes tokens are kept: eight nonzero bytes at a time become ones, whose sum is the top byte.
+FASTALIGN_INLINE int64_t count_kept(const bool* mask, int64_t n) {
+  if (!mask) return n;
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full, kOnes = 0x0101010101010101ull;
+  uint64_t words[(kLanes + 7) / 8] = {}, count = 0;
+  std::memcpy(words, mask, n);
+  for (const uint64_t word : words) count += (((((word & kLow) + kLow) | word) >> 7 & kOnes) * kOnes) >> 56;
+  return static_cast<int64_t>(count);
 }
 
 FASTALIGN_INLINE double product_of(Lanes x) {
@@ -160,17 +120,17 @@ FASTALIGN_INLINE void scan_block(const ScanTokens& x, const ScanRow& row, const 
   }
   const T* rewards = static_cast<const T*>(x.rewards) + t;
   const T* values = static_cast<const T*>(x.values) + t;
-  IntLanes kept = first_lanes(n);
+  IntLanes kept = lanes_before(n);
   const bool full = kWhole && (!x.mask || all_are(x.mask + t, true));
-  if (!full && x.mask) kept = load_mask(x.mask + t, n);
-  Lanes v = {}, from = {}, delta = kept ? load_lanes(rewards, n) : Lanes{};
+  if (!full && x.mask) kept = kept_tokens(x.mask + t, n);
+  Lanes v = {}, from = {}, delta = kept ? load_tokens(rewards, n) : Lanes{};
   if constexpr (kKind != ScanKind::discounted) {
-    v = kept ? load_lanes(values, n) : Lanes{};
+    v = kept ? load_tokens(values, n) : Lanes{};
     from = full ? v : first_kept(v, kept, carry.next_value);
     delta += row.gamma * later<1>(from, broadcast(carry.next_value)) - v;
   }
   const float after = static_cast<float>(carry.advantage);
-  double scale_of_block = powers.all;
+  double scale_of_block = powers.of[kLanes];
   Lanes a, out, shift = delta;
   if (full && kKind != ScanKind::vtrace) {
     shift = decayed_sums(delta, decay);
@@ -179,13 +139,17 @@ FASTALIGN_INLINE void scan_block(const ScanTokens& x, const ScanRow& row, const 
   } else {
     Lanes weight = broadcast(1.0f), scale = broadcast(decay);
     if constexpr (kKind == ScanKind::vtrace) {
-      weight = exp_lanes(at_most(kept ? load_lanes(x.log_ratio + t, n) : Lanes{}, 88.0f));
+      weight = exp_lanes(at_most(kept ? load_tokens(x.log_ratio + t, n) : Lanes{}, 88.0f));
       scale = decay * at_most(weight, x.clips.c_bar);
       shift = at_most(weight, x.clips.rho_bar) * delta;
     }
     scale = kept ? scale : broadcast(1.0f);
     shift = kept ? shift : Lanes{};
-    scale_of_block = product_of(scale);
+    if constexpr (kKind == ScanKind::vtrace) {
+      scale_of_block = product_of(scale);
+    } else {
+      scale_of_block = powers.of[count_kept(x.mask ? x.mask + t : nullptr, n)];
+    }
     compose(scale, shift);
     a = shift + scale * after;
     out = a;
@@ -197,8 +161,8 @@ FASTALIGN_INLINE void scan_block(const ScanTokens& x, const ScanRow& row, const 
   carry = {shift[0] + scale_of_block * carry.advantage, from[0]};
   if constexpr (!kWrite) *scale_of_all *= scale_of_block;
   if constexpr (kWrite) {
-    if (x.advantages) store_lanes(x.advantages + t, kept ? out : Lanes{}, n);
-    store_lanes(x.returns + t, kept ? a + v : Lanes{}, n);
+    if (x.advantages) store_tokens(x.advantages + t, kept ? out : Lanes{}, n);
+    store_tokens(x.returns + t, kept ? a + v : Lanes{}, n);
   }
 }
 
@@ -215,20 +179,22 @@ FASTALIGN_INLINE int64_t step_back(const ScanTokens& x, const ScanRow& row, cons
 }
 
 template <typename T, ScanKind kKind>
-void scan_row_of(const ScanTokens& x, const ScanRow& row, double* first, Moments* moments) {
+void scan_row_of(const ScanTokens& x, const ScanRow& row, double* first, Moments* found) {
   const Powers powers = powers_of(row.gamma * row.lam);
   Carry carry = row.after;
   Moments all;
   int64_t t = row.end, pending = row.end;  // advantages [t, pending) await their moments
   while (t > row.begin) {
     t = step_back<T, kKind, true>(x, row, powers, row.begin, t, carry, nullptr);
-    if (moments && (pending - t >= kTokensPerMoment || t == row.begin)) {
-      all.add(moments_of(x.advantages + t, x.mask ? x.mask + t : nullptr, pending - t));
+    if (found && (pending - t >= kTokensPerMoment || t == row.begin)) {
+      double own[3];
+      moments(x.advantages + t, x.mask ? x.mask + t : nullptr, pending - t, own);
+      all.add({own[0], own[1], own[2]});
       pending = t;
     }
   }
   *first = carry.advantage;
-  if (moments) *moments = all;
+  if (found) *found = all;
 }
 
 // From the first token on, until nothing of what follows is left.

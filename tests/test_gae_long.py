@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_cpp_threads() -> None:
 RATES = torch.tensor([[1, 1], [0.99, 0.95], [1, 0.999], [1, 0.999], [1, 1], [0, 0.5]]).double()
 
 
-def long_inputs() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def long_inputs() -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Rows of three pieces with rates of their own: a short first piece, and two full ones."""
     rewards, values, mask, bootstrap = make_inputs(6, 2 * PIECE + 3, torch.float32, "cpu")
     mask[:3] = True
@@ -69,7 +70,7 @@ def test_cpp_pieces_of_the_siblings() -> None:
     after a bootstrap, whose weights are powers of two and so exact."""
     rewards, values, kwargs = long_inputs()
     log_ratio = 0.1 * torch.randn(rewards.shape, generator=torch.Generator().manual_seed(1))
-    caps = {"c_bar": 1.0, "rho_bar": 1.5}
+    caps: dict[str, Any] = {"c_bar": 1.0, "rho_bar": 1.5}
     double = (x.double() for x in (rewards, values, log_ratio))
     truth = vtrace(*double, **to_double(kwargs), **caps)
     with fa.backend("reference"):
@@ -91,8 +92,8 @@ def test_cpp_what_is_not_finite_reaches_all_tokens_before_it(number: float) -> N
     rewards = torch.zeros(1, 3 * PIECE + 5)
     at = 2 * PIECE + 9000
     rewards[0, at] = number
-    kwargs = {"gamma": 0.99, "return_statistics": True}
-    advantages, returns, statistics = gae(rewards, torch.zeros_like(rewards), **kwargs)
+    zeros = torch.zeros_like(rewards)
+    advantages, returns, statistics = gae(rewards, zeros, gamma=0.99, return_statistics=True)
     for found in (advantages, returns):
         wanted = found.isnan() if number != number else found == number
         assert wanted[0, : at + 1].all() and found[0, at + 1 :].eq(0.0).all()

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.backend import CPP_BUILT
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MOST_PACKED = 2**31 - 1
 
@@ -153,7 +155,10 @@ def checked_offsets(op: str, cu_seqlens: Tensor | None, n_tokens: int) -> Tensor
     """
     if cu_seqlens is None:
         return None
-    if cu_seqlens.device.type == "cpu" or os.environ.get("FASTALIGN_DEBUG") == "1":
+    on_cpu = cu_seqlens.device.type == "cpu"
+    if on_cpu and CPP_BUILT and torch.ops.fastalign_cpp.offsets_fit(cu_seqlens, n_tokens):
+        return cu_seqlens.to(torch.int32)
+    if on_cpu or os.environ.get("FASTALIGN_DEBUG") == "1":
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         falls = bool((cu_seqlens[1:] < cu_seqlens[:-1]).any())
         if first != 0 or last != n_tokens or falls:
