@@ -73,7 +73,9 @@ def triton_interpreted() -> bool:
 def plain(tensor: Tensor) -> bool:
     """Whether an op may run without the dispatcher, whose 0.1 to 0.2 ms for many arguments are more
     than a small op takes: not with tracers, and tensors that only stand for others."""
-    return type(tensor) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+    if type(tensor) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None  # inside no torch.func transform
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
