@@ -257,7 +257,8 @@ def _reduced(
     form, tokens = policy.form, policy.tokens
     like = tokens["logp" if "logp" in tokens else "values"]
     scale, own = shares(op, policy.reduction, layout, like, policy.per_sequence)
-    refuse_forward_mode(op, *map(tokens.get, ("logp", "entropy", "values")), policy.kl)
+    moving = (tokens.get(name) for name in ("logp", "entropy", "values"))
+    refuse_forward_mode(op, *moving, policy.kl)
     mask = None if layout.mask is None else flat(layout.mask, torch.bool)
     x = Tokens(**tokens, mask=mask, scale=scale)
     normalizer = own if normalizer is None else normalizer
