@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "generate": ("fastalign.commands.generate", "GenerateConfig", "run"),
     "evaluate": ("fastalign.commands.evaluate", "EvaluateConfig", "run"),
     "bestofn": ("fastalign.commands.bestofn", "BestOfNConfig", "run"),
+    "train dt": ("fastalign.train.dt", "DTConfig", "train"),
     "report": ("fastalign.report.command", "ReportConfig", "run"),
 }
 ABOUT = {
@@ -49,6 +50,7 @@ ABOUT = {
     "generate": "a model's answers to prompts, as JSON lines",
     "evaluate": "a model beside a baseline: rewards, win rate, KL, length, diversity",
     "bestofn": "keep the best of N answers, and what every n up to N would give",
+    "train dt": "return-conditioned fine-tuning: the reward as text in the prompt",
     "report": "write report.html of a run",
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,11 @@ class Scorer:
             return self.reward.describe()
         return {"proxy": GOLD}
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and response that it can read."""
+        return self.reward.max_length if isinstance(self.reward, RewardSource) else 1 << 30
+
     def texts(self, examples: list[TokenizedCompletion]) -> tuple[list[str], list[str]]:
         """Prompts as the model reads them, without BOS, and responses without special tokens."""
         bos = self.tokenizer.bos_token or ""
@@ -191,7 +196,8 @@ def load_labelled(config: LabelledConfig, *, value_head: bool = False) -> Labell
             values = torch.tensor([e.reward for e in examples], dtype=torch.float64)
         else:
             values = _labels(scorer, examples, name, kept, meter).rewards
-        samples.append(Samples(examples))
+        labelled = zip(examples, values.tolist(), strict=True)
+        samples.append(Samples([replace(e, reward=value) for e, value in labelled]))
         rewards.append(values)
     meter.stop()
     if len(rewards[0]) < 2 or bool((rewards[0] == rewards[0][0]).all()):

@@ -184,6 +184,9 @@ class Supervised:
     def begin(self, run: Run, new: bool) -> None:
         """Once, before the first step; `new` is not a resumed run."""
 
+    def finish(self, run: Run) -> None:
+        """After the last step, before the model is saved."""
+
     def backward(
         self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -252,6 +255,7 @@ class Supervised:
                     with run.meter.phase("evaluate"):
                         run.log(step, "eval", self.evaluate())
                 run.end_step(step)
+            self.finish(run)
             with run.saving_model() as folder:
                 self.save(folder)
         return run.folder / "model"
