@@ -34,6 +34,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "evaluate": ("fastalign.commands.evaluate", "EvaluateConfig", "run"),
     "bestofn": ("fastalign.commands.bestofn", "BestOfNConfig", "run"),
     "train dt": ("fastalign.train.dt", "DTConfig", "train"),
+    "train apa-offline": ("fastalign.train.offline", "OfflineAPAConfig", "train_apa"),
+    "train awr-offline": ("fastalign.train.offline", "OfflineAWRConfig", "train_awr"),
     "report": ("fastalign.report.command", "ReportConfig", "run"),
 }
 ABOUT = {
@@ -51,6 +53,8 @@ ABOUT = {
     "evaluate": "a model beside a baseline: rewards, win rate, KL, length, diversity",
     "bestofn": "keep the best of N answers, and what every n up to N would give",
     "train dt": "return-conditioned fine-tuning: the reward as text in the prompt",
+    "train apa-offline": "Advantage-Induced Policy Alignment on given responses with rewards",
+    "train awr-offline": "advantage-weighted regression on given responses with rewards",
     "report": "write report.html of a run",
 }
 

@@ -34,6 +34,7 @@ from fastalign.train.labels import (
     load_labelled,
     standardised,
 )
+from fastalign.train.meter import Meter
 from fastalign.train.run import Run, RunError, at_least, autocast, begin
 from fastalign.train.supervised import Samples
 
@@ -109,11 +110,11 @@ class DT(FromLabels):
     def finish(self, run: Run) -> None:
         if self.config.targets:
             with run.meter.phase("evaluate"):
-                found = [self.achieved(target) for target in self.config.targets]
+                found = [self.achieved(target, run.meter) for target in self.config.targets]
             (run.folder / "targets.json").write_text(strict_json.dumps(found, indent=2) + "\n")
 
     @torch.no_grad()
-    def achieved(self, target: float) -> dict[str, float]:
+    def achieved(self, target: float, meter: Meter) -> dict[str, float]:
         """What responses to the held-out prompts are worth when `target` is asked for."""
         config, scorer = self.config, self.data.scorer
         assert scorer is not None
@@ -133,7 +134,7 @@ class DT(FromLabels):
             )
             for r in rollouts
         ]
-        rewards = scorer.label(answers, self.data.meter).rewards
+        rewards = scorer.label(answers, meter).rewards
         z = standardised(rewards, self.data.rewards).reshape(-1, config.eval_samples).mean(1)
         found = {
             "target": target,
@@ -148,7 +149,7 @@ class DT(FromLabels):
             found["achieved_stderr"] = error
         gold = source.gold_for(config.data)
         if gold is not None:
-            labels = Scorer(gold, self.tokenizer).label(answers, self.data.meter)
+            labels = Scorer(gold, self.tokenizer).label(answers, meter)
             found["gold"] = labels.rewards.mean().item()
         log.info("asked for %+.2f standard deviations, got %+.2f", target, found["achieved"])
         return found

@@ -187,7 +187,7 @@ def load_labelled(config: LabelledConfig, *, value_head: bool = False) -> Labell
     scorer = None
     if config.reward is not None:
         scorer = make_scorer(config, config.model, tokenizer, device)
-        meter.start()
+    meter.start()
     found = read(config, source.rewarded if scorer is None else source.responses)
     samples, rewards = [], []
     for part, name in zip(found, ("labels", "held_out_labels"), strict=True):
@@ -199,7 +199,6 @@ def load_labelled(config: LabelledConfig, *, value_head: bool = False) -> Labell
         labelled = zip(examples, values.tolist(), strict=True)
         samples.append(Samples([replace(e, reward=value) for e, value in labelled]))
         rewards.append(values)
-    meter.stop()
     if len(rewards[0]) < 2 or bool((rewards[0] == rewards[0][0]).all()):
         raise RunError(
             f"all {len(rewards[0]):,} rewards are {rewards[0][0].item():g}: there is nothing to "
@@ -247,6 +246,7 @@ class FromLabels(Supervised):
 
     def begin(self, run: Run, new: bool) -> None:
         self.data.kept.write()
+        self.data.meter.stop()
         if new:
             run.meter.absorb(self.data.meter)
             run.log(0, "data", {f"data/{name}": value for name, value in self.facts.items()})

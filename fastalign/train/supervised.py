@@ -160,6 +160,8 @@ class Supervised:
     """
 
     name = "sft"
+    dropout = True
+    """Whether the model's dropout is on while it learns."""
 
     def __init__(
         self,
@@ -240,7 +242,7 @@ class Supervised:
     def run(self) -> Path:
         """Trains; the folder of the model."""
         config, total = self.config, len(self.schedule)
-        self.policy.train()
+        self.policy.train(self.dropout)
         with Run(config, self.name, total) as run:
             start = run.restore(self.stateful())
             self.begin(run, start == 0)
