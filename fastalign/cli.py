@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train dt": ("fastalign.train.dt", "DTConfig", "train"),
     "train apa-offline": ("fastalign.train.offline", "OfflineAPAConfig", "train_apa"),
     "train awr-offline": ("fastalign.train.offline", "OfflineAWRConfig", "train_awr"),
+    "score": ("fastalign.commands.score", "ScoreConfig", "run"),
     "report": ("fastalign.report.command", "ReportConfig", "run"),
 }
 ABOUT = {
@@ -55,6 +56,7 @@ ABOUT = {
     "train dt": "return-conditioned fine-tuning: the reward as text in the prompt",
     "train apa-offline": "Advantage-Induced Policy Alignment on given responses with rewards",
     "train awr-offline": "advantage-weighted regression on given responses with rewards",
+    "score": "rewards of given responses, as JSON lines",
     "report": "write report.html of a run",
 }
 

@@ -258,7 +258,7 @@ def test_the_commands_and_their_reports(road, tmp_path, command):
 
 
 def test_few_tokens_that_count_are_warned_of(road, tmp_path, caplog):
-    config = small(OfflineAWRConfig, tmp_path, road, beta=0.1, weight_cap=None, epochs=1, lr=0.0)
+    config = small(OfflineAWRConfig, tmp_path, road, beta=0.2, weight_cap=None, epochs=1, lr=0.0)
     offline.train_awr(config)
     found = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert any("the effective sample size is" in m and "tokens: a few of them" in m for m in found)

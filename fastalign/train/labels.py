@@ -165,7 +165,7 @@ def make_scorer(config: Any, model: str, tokenizer: Any, device: torch.device) -
         config.reward, config.statistic, config.coef, model, config.micro_tokens, config.dtype
     )
     reward = make_reward(request, tokenizer, device)
-    if config.max_length > reward.max_length:
+    if (config.max_length or 0) > reward.max_length:
         raise RunError(
             f"max_length {config.max_length} is more than the {reward.max_length} tokens that "
             f"{config.reward} can read"
