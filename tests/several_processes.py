@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from fastalign.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,6 +96,7 @@ def steps(tied: bool) -> dict[str, Any]:
         for micro in distributed.micros(policy, batch, LENGTHS, 12):
             packed = pack([data[i] for i in micro.rows])
             hidden = policy.response_hidden(packed)
+            divisor = micro.divisor(n_targets)
             out = ops.linear_loss(
                 hidden,
                 policy.head_weight,
@@ -102,9 +104,9 @@ def steps(tied: bool) -> dict[str, Any]:
                 losses.MLE(),
                 {},
                 ignore_index=None,
-                normalizer=n_targets,
+                normalizer=divisor,
             )
-            part = (out.loss + policy.values(hidden).square().sum() / n_targets) * micro.weight
+            part = out.loss + policy.values(hidden).square().sum() / divisor
             part.backward()
             loss += part.detach()
         distributed.total(loss)
@@ -122,6 +124,7 @@ def check_steps() -> Any:
 
 def check_words() -> Any:
     """Each of the small exchanges, with numbers that tell the processes apart."""
+    from fastalign.data.packing import pack
     from fastalign.train import distributed
 
     here = distributed.world()
@@ -131,20 +134,50 @@ def check_words() -> Any:
     nobody = distributed.any_true(False, torch.device("cpu"))
     chosen = distributed.from_main({"rank": here.rank})
     policy = tiny_policy(True)
+    weights = [p.detach().clone() for p in policy.parameters()]
     distributed.shard(policy, "hidden")
-    before: Tensor = distributed.whole(policy.head_weight)
-    distributed.fill(policy.head_weight, 2 * before)
-    moved = (distributed.whole(policy.head_weight) - 2 * before).abs().max().item()
     part = distributed.local(policy.head_weight).shape[0]
+    with torch.no_grad():
+        policy.head_weight.copy_(distributed.like(2 * weights[0], policy.head_weight))
+    weights[0] *= 2
+    saved: Any = distributed.unsharded(policy)
+    assert (saved is None) == (here.rank > 0)
+    apart, tied = 0.0, True
+    if saved is not None:
+        saved.hidden(pack([[1, 2, 3]]))  # a plain policy again
+        pairs = zip(saved.parameters(), weights, strict=True)
+        apart = max((a - b).abs().max().item() for a, b in pairs)
+        tied = saved.head_weight is saved.model.get_input_embeddings().weight
+    done: list[int] = []
+
+    def action(item: int) -> tuple[int, int]:
+        done.append(item)
+        return 10 * item, here.rank
+
+    both = distributed.split(action, range(5))
+    assert done == list(range(here.rank, 5, here.size))
+    error = ""
+    try:
+        distributed.on_main(fail)
+    except UserError as wrong:
+        error = str(wrong)
     return {
         "summed": summed.tolist(),
         "lists": lists,
         "anyone": anyone,
         "nobody": nobody,
         "chosen": chosen,
-        "moved": moved,
         "part": part,
+        "tied": tied,
+        "whole": apart,
+        "split": [value for value, _ in both],
+        "split by": [rank for _, rank in both],
+        "error": error,
     }
+
+
+def fail() -> None:
+    raise UserError("of the main process")
 
 
 def main() -> None:

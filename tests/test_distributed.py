@@ -5,6 +5,7 @@ What needs two processes runs in two, started by torchrun, on gloo.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -27,22 +28,22 @@ def test_shares_are_balanced_and_whole() -> None:
 def test_every_process_makes_as_many_passes() -> None:
     """24 tokens each under a budget of 17: 5 | 17 | 2 beside 9 3 4 | 8, and 2 for nothing."""
     plans = plan_micros(range(7), LENGTHS, 17, 2)
-    assert plans[0] == [Micro([0], 1.0), Micro([3], 1.0), Micro([5], 1.0)]
-    assert plans[1] == [Micro([1, 2, 4], 1.0), Micro([6], 1.0), Micro([5], 0.0)]
+    assert plans[0] == [Micro([0]), Micro([3]), Micro([5])]
+    assert plans[1] == [Micro([1, 2, 4]), Micro([6]), Micro([5], counts=False)]
 
 
 def test_fewer_sequences_than_processes() -> None:
     """The idle process passes the shortest sequence with weight 0."""
     assert plan_micros([3, 1], LENGTHS, 100, 3) == [
-        [Micro([3], 1.0)],
-        [Micro([1], 1.0)],
-        [Micro([1], 0.0)],
+        [Micro([3])],
+        [Micro([1])],
+        [Micro([1], counts=False)],
     ]
 
 
 def test_one_process_keeps_the_order_of_the_batch() -> None:
     found_ = list(micros(nn.Identity(), [4, 0, 6, 2], LENGTHS, 12))
-    assert found_ == [Micro([4, 0], 1.0), Micro([6, 2], 1.0)]
+    assert found_ == [Micro([4, 0]), Micro([6, 2])]
 
 
 def test_alone_nothing_is_done() -> None:
@@ -57,9 +58,23 @@ def test_alone_nothing_is_done() -> None:
     assert distributed.whole(numbers) is numbers and distributed.local(numbers) is numbers
 
 
-def test_fill_checks_shapes() -> None:
+def test_alone_a_module_is_whole() -> None:
+    policy = tiny_policy(True)
+    assert distributed.unsharded(policy) is policy
+
+
+def test_like_checks_shapes() -> None:
     with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
-        distributed.fill(torch.zeros(2), torch.zeros(3))
+        distributed.like(torch.zeros(3), torch.zeros(2))
+
+
+def test_a_pass_that_does_not_count() -> None:
+    assert Micro([0]).divisor(7) == 7
+    assert Micro([0], counts=False).divisor(7) == math.inf
+
+
+def test_split_alone() -> None:
+    assert distributed.split(lambda x: x * x, [3, 1, 2]) == [9, 1, 4]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +89,12 @@ def test_two_processes_talk(folder: Path) -> None:
         "anyone": True,
         "nobody": False,
         "chosen": {"rank": 0},
-        "moved": 0.0,
         "part": 49,  # 97 rows over two processes: 49 and 48
+        "tied": True,
+        "whole": 0.0,
+        "split": [0, 10, 20, 30, 40],
+        "split by": [0, 1, 0, 1, 0],
+        "error": "of the main process",
     }
 
 

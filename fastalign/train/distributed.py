@@ -11,9 +11,11 @@ With one process nothing in here does anything.
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,8 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastalign.data.packing import token_budget_batches
+from fastalign.errors import UserError
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,35 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+def on_main(action: Callable[[], T]) -> T:
+    """What the main process gets from `action`, in every process; only it acts.
+
+    Raises:
+        UserError: the main process's, in every process.
+    """
+    error: UserError | None = None
+    result: Any = None
+    if world().is_main:
+        try:
+            result = action()
+        except UserError as wrong:
+            if world().size == 1:
+                raise
+            error = wrong
+    error, result = from_main((error, result))
+    if error is not None:
+        raise error
+    return result
+
+
+def split(action: Callable[[T], S], items: Sequence[T]) -> list[S]:
+    """`action` of every item, each done by one process; the results, in every process. No sharded
+    weights may be used."""
+    here = world()
+    found = gather([action(item) for item in items[here.rank :: here.size]])
+    return [found[i % here.size][i // here.size] for i in range(len(items))]
+
+
 def shares(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Who takes which sequences: the longest first, each to whoever has the fewest tokens so far.
 
@@ -129,9 +162,14 @@ class Micro:
 
     rows: list[int]
     """Which sequences; never empty."""
-    weight: float
-    """What their loss and their counts are multiplied with: 1, or 0 for a pass that is made only
-    because another process has one more, and all must gather the weights as often."""
+    counts: bool = True
+    """False for a pass that is made only because another process has one more, and all must gather
+    the weights as often."""
+
+    def divisor(self, total: float) -> float:
+        """What sums over this pass are divided by to be parts of a mean over `total`: infinity,
+        where they do not count."""
+        return total if self.counts else math.inf
 
 
 def plan_micros(
@@ -147,13 +185,13 @@ def plan_micros(
     """
     plans = [
         [
-            Micro([batch[own[i]] for i in micro], 1.0)
+            Micro([batch[own[i]] for i in micro])
             for micro in token_budget_batches([lengths[batch[j]] for j in own], budget)
         ]
         for own in shares([lengths[i] for i in batch], size)
     ]
     most = max(len(plan) for plan in plans)
-    idle = Micro([min(batch, key=lambda i: lengths[i])], 0.0)
+    idle = Micro([min(batch, key=lambda i: lengths[i])], counts=False)
     return [plan + [idle] * (most - len(plan)) for plan in plans]
 
 
@@ -168,7 +206,7 @@ def micros(
     here = world()
     if here.size == 1:
         for rows in token_budget_batches([lengths[i] for i in batch], budget):
-            yield Micro([batch[i] for i in rows], 1.0)
+            yield Micro([batch[i] for i in rows])
         return
     own = plan_micros(batch, lengths, budget, here.size)[here.rank]
     for k, micro in enumerate(own):
@@ -201,6 +239,12 @@ def shard(module: nn.Module, *forwards: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+    blanks = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in module.parameters()
+    }
+    # In a list, so that it is no part of the module.
+    module._unsharded = [copy.deepcopy(module, blanks)]  # type: ignore[assignment]
     device = next(module.parameters()).device
     mesh = init_device_mesh(device.type, (world().size,))
     blocks: set[str] = set()
@@ -233,21 +277,38 @@ def local(tensor: Tensor) -> Tensor:
     return part() if part is not None else tensor
 
 
-def fill(target: Tensor, source: Tensor) -> None:
-    """Copies a whole tensor into one that may be sharded."""
+def like(source: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor laid out as `target` is: spread over the processes, or as it is.
+
+    Raises:
+        ValueError: another shape.
+    """
     if target.shape != source.shape:
         raise ValueError(
-            f"distributed.fill: expected a tensor of shape {tuple(target.shape)}, "
+            f"distributed.like: expected a tensor of shape {tuple(target.shape)}, "
             f"got {tuple(source.shape)}"
         )
-    with torch.no_grad():
-        if local(target) is target:
-            target.copy_(source)
-            return
-        from torch.distributed.tensor import distribute_tensor
+    if local(target) is target:
+        return source
+    from torch.distributed.tensor import distribute_tensor
 
-        sharded: Any = target
-        spread = distribute_tensor(
-            source.detach().to(local(target).device), sharded.device_mesh, sharded.placements
-        )
-        local(target).copy_(spread.to_local())
+    sharded: Any = target
+    return distribute_tensor(
+        source.detach().to(local(target).device), sharded.device_mesh, sharded.placements
+    )
+
+
+def unsharded(module: nn.Module) -> nn.Module | None:
+    """The module with whole weights, on the CPU and to be saved, in the main process; None in the
+    others. All processes must call. A module that is not sharded is what it is."""
+    if not is_sharded(module):
+        return module if world().is_main else None
+    blank: nn.Module = module._unsharded[0]  # type: ignore[index, assignment, union-attr]
+    weights: dict[int, Any] = {}
+    pairs = zip(blank.named_parameters(), module.named_parameters(), strict=True)
+    for (name, empty), (own_name, parameter) in pairs:
+        assert name == own_name
+        full = whole(parameter.detach())
+        if world().is_main:
+            weights[id(empty)] = nn.Parameter(full.cpu(), requires_grad=empty.requires_grad)
+    return copy.deepcopy(blank, weights) if world().is_main else None
