@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -68,8 +69,9 @@ def usage() -> str:
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    """One line on standard error, and the end."""
-    print(f"fastalign: {' '.join(message.split())}", file=sys.stderr)
+    """One line on standard error, and the end; of several processes only the main one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastalign: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -185,17 +187,19 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(name, getattr(loaded, config_name), rest)
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("fastalign").setLevel(logging.INFO)
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("fastalign").setLevel(logging.INFO if is_main else logging.ERROR)
     run_command(name, getattr(loaded, function_name), config)
 
 
 def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
     """Runs it; turns what users can mend into one line. What they cannot keeps its traceback."""
+    from fastalign.train.distributed import finish
     from fastalign.train.run import Interrupted, Stopped
 
     try:
         function(config)
-        if name.startswith("train "):
+        if name.startswith("train ") and os.environ.get("RANK", "0") == "0":
             from fastalign.report.command import conclude
 
             logging.getLogger("fastalign").info("report: %s", conclude(Path(config.output)))
@@ -208,12 +212,11 @@ def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         fail(f"{name}: {error.strerror or error}{place}", 1)
+    finish()
 
 
 def quiet_libraries() -> None:
     """Progress bars and notices of libraries would tear our own apart; nothing phones home."""
-    import os
-
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging

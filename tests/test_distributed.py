@@ -5,12 +5,14 @@ What needs two processes runs in two, started by torchrun, on gloo.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from several_processes import LENGTHS, found, steps, tiny_policy
+from several_processes import LENGTHS, found, steps, tiny_policy, torchrun
 from torch import nn
 
 from fastalign.train import distributed
@@ -53,7 +55,7 @@ def test_alone_nothing_is_done() -> None:
     numbers = torch.tensor([1.0, 2.0])
     assert distributed.total(numbers) is numbers
     assert distributed.gather([1]) == [[1]]
-    assert distributed.any_true(True, torch.device("cpu"))
+    assert distributed.largest(3) == 3
     assert distributed.world() == distributed.World(0, 1)
     assert distributed.whole(numbers) is numbers and distributed.local(numbers) is numbers
 
@@ -86,8 +88,7 @@ def test_two_processes_talk(folder: Path) -> None:
     assert found("words", folder, 2) == {
         "summed": [2.0, 10.0],
         "lists": [[0, "a"], [1, "a"]],
-        "anyone": True,
-        "nobody": False,
+        "largest": 4,
         "chosen": {"rank": 0},
         "part": 49,  # 97 rows over two processes: 49 and 48
         "tied": True,
@@ -109,3 +110,53 @@ def test_two_processes_train_as_one_does(folder: Path) -> None:
         )
         for key, weight in one["weights"].items():
             torch.testing.assert_close(two[name]["weights"][key], weight, rtol=0, atol=2e-5)
+
+
+def training(folder: Path, size: int, *more: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Metrics and weights of a small `train sft` in `size` processes."""
+    from safetensors.torch import load_file
+
+    argv = ["-m", "fastalign", "train", "sft", "--model", "scratch:1m", "--vocab_size", "300"]
+    argv += ["--max_length", "128", "--limit", "40", "--epochs", "1", "--batch_tokens", "700"]
+    argv += ["--micro_tokens", "300", "--eval_limit", "8", "--device", "cpu", "--eval_every", "3"]
+    argv += ["--checkpoint_every", "2", "--output", str(folder), *more]
+    done = torchrun(size, argv, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines, load_file(folder / "model" / "model.safetensors")
+
+
+def same(a: tuple[list[Any], dict[str, Any]], b: tuple[list[Any], dict[str, Any]]) -> None:
+    """Losses, gradient norms and held-out losses to rounding, and so the weights."""
+    assert len(a[0]) == len(b[0]) > 4
+    for one, two in zip(a[0], b[0], strict=True):
+        assert one["phase"] == two["phase"]
+        for key in ("step", "loss", "grad_norm", "lr", "tokens"):
+            assert one.get(key) == pytest.approx(two.get(key), rel=2e-4), (key, one, two)
+    for name, weight in a[1].items():
+        torch.testing.assert_close(b[1][name], weight, rtol=0, atol=2e-4)
+
+
+def test_sft_on_one_and_two_processes_and_resumed_on_another_number(tmp_path: Path) -> None:
+    import shutil
+
+    one = training(tmp_path / "one", 1)
+    two = training(tmp_path / "two", 2)
+    same(one, two)
+    for size, begun in ((1, "two"), (2, "one")):
+        folder = tmp_path / f"resumed-{size}"
+        shutil.copytree(tmp_path / begun, folder)
+        last, *_ = sorted((folder / "checkpoints").glob("step-*"), reverse=True)
+        shutil.rmtree(last)
+        shutil.rmtree(folder / "model")
+        same(one, training(folder, size, "--resume"))
+    assert (tmp_path / "two" / "report.html").exists()
+
+
+def test_two_processes_say_what_is_wrong_once(tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "something").write_text("")
+    argv = ["-m", "fastalign", "train", "sft", "--output", str(tmp_path / "used")]
+    done = torchrun(2, argv, timeout=600)
+    assert done.returncode != 0
+    assert done.stderr.count("is already in use; choose another --output") == 1

@@ -86,11 +86,14 @@ def total(parts: Tensor) -> Tensor:
     return parts
 
 
-def any_true(flag: bool, device: torch.device) -> bool:
-    """Whether it is so in any process."""
+def largest(number: int) -> int:
+    """The largest over the processes."""
     if world().size == 1:
-        return flag
-    return bool(total(torch.tensor(float(flag), device=device)))
+        return number
+    on_gpu = dist.get_backend() == "nccl"
+    held = torch.tensor(number, device=torch.cuda.current_device() if on_gpu else "cpu")
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return int(held)
 
 
 def gather(items: list[T]) -> list[list[T]]:

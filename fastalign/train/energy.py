@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fastalign.train.distributed import world
+
 POWERCAP = Path("/sys/class/powercap")
 SAMPLE_SECONDS = 0.1
 
@@ -76,6 +78,21 @@ class IntegratedPower:
         self._thread.join()
 
 
+class Together:
+    """Several counters as one."""
+
+    def __init__(self, counters: list[Counter]) -> None:
+        self.counters = counters
+        self.source = " + ".join(sorted({counter.source for counter in counters}))
+
+    def joules(self) -> float:
+        return sum(counter.joules() for counter in self.counters)
+
+    def stop(self) -> None:
+        for counter in self.counters:
+            counter.stop()
+
+
 class RAPL:
     """Microjoules of every CPU package; each counter wraps around at its own range."""
 
@@ -103,7 +120,12 @@ def find(device: torch.device) -> Counter | None:
     if device.type == "cuda":
         import pynvml
 
-        return find_nvml(pynvml, str(torch.cuda.get_device_properties(device).uuid))
+        devices = [device]
+        if world().size > 1:  # one process counts for all, a GPU each
+            devices = [torch.device("cuda", i) for i in range(world().size)]
+        uuids = [str(torch.cuda.get_device_properties(one).uuid) for one in devices]
+        counters = [counter for uuid in uuids if (counter := find_nvml(pynvml, uuid))]
+        return Together(counters) if len(counters) == len(uuids) else None
     packages = [
         path
         for path in sorted(POWERCAP.glob("intel-rapl:*"))

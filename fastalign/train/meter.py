@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fastalign.train import energy
+from fastalign.train.distributed import world
 
 log = logging.getLogger("fastalign")
 
@@ -136,7 +137,8 @@ class Meter:
             found["tokens_per_s/trained"] = step.trained / step.seconds
             found["flops"] = step.flops
             found["flops_per_s"] = step.flops / step.seconds
-            found["utilisation"] = step.flops / step.seconds / self.peak()[0]
+            devices = world().size if self.device.type == "cuda" else 1
+            found["utilisation"] = step.flops / step.seconds / self.peak()[0] / devices
         for name, cost in parts.items():
             if name != "other":
                 found[f"time/{name}"] = cost.seconds

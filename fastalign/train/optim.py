@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastalign.models import attention_kernels
 from fastalign.models.lora import LoRAConfig
+from fastalign.train import distributed
 from fastalign.train.run import Run, RunConfig, RunError, Stopped, at_least, first_non_finite
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -118,14 +119,18 @@ class Optimizer:
                 names the first tensor that is not finite, in the order weights, inputs, loss,
                 gradients.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        norm = distributed.whole(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
         if not (math.isfinite(float(norm)) and math.isfinite(float(loss))):
             named = list(self.module.named_parameters())
             culprit = first_non_finite(
-                [(f"weight {name}", p.detach()) for name, p in named]
+                [(f"weight {name}", distributed.local(p.detach())) for name, p in named]
                 + [(f"input {name}", t.detach()) for name, t in inputs.items()]
                 + [("the loss", loss.detach())]
-                + [(f"gradient of {name}", p.grad) for name, p in named]
+                + [
+                    (f"gradient of {name}", distributed.local(p.grad))
+                    for name, p in named
+                    if p.grad is not None
+                ]
             )
             raise Stopped(
                 f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g}; first seen in "
@@ -141,13 +146,28 @@ class Optimizer:
         self._set_rates()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"adam": self.adam.state_dict(), "schedule": self.done}
+        """Whole tensors; of sharded weights, all processes must call."""
+        adam = self.adam.state_dict()
+        adam["state"] = {
+            i: {name: distributed.whole(value) for name, value in moments.items()}
+            for i, moments in adam["state"].items()
+        }
+        return {"adam": adam, "schedule": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Moments and step of a checkpoint; rates and decay are the configuration's, which a
         resumed run may have changed."""
         own = [{k: group[k] for k in ("weight_decay", "betas")} for group in self.groups]
-        self.adam.load_state_dict(state["adam"])
+        parameters = [p for group in self.groups for p in group["params"]]
+        adam = dict(state["adam"])
+        adam["state"] = {
+            i: {
+                name: distributed.like(value, parameters[i]) if value.ndim else value
+                for name, value in moments.items()
+            }
+            for i, moments in adam["state"].items()
+        }
+        self.adam.load_state_dict(adam)
         for group, kept in zip(self.groups, own, strict=True):
             group.update(kept)
         self.done = state["schedule"]

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalign.train import checkpoint, strict_json
+from fastalign.streams import stream
+from fastalign.train import checkpoint, distributed, strict_json
 from fastalign.train.folder import (
     RunError,
     claim_folder,
@@ -98,13 +99,16 @@ class Stateful:
         self.others = others
 
     def capture(self, step: int) -> checkpoint.Checkpoint:
+        """Of all processes together: whole tensors, and every process's random state. What the
+        other processes than the main one get is of no use."""
         tensors = {
-            f"{name}.{key}": tensor
+            f"{name}.{key}": distributed.whole(tensor)
             for name, module in self.modules.items()
             for key, tensor in module.state_dict().items()
         }
         state = {name: other.state_dict() for name, other in self.others.items()}
-        state["random"] = checkpoint.random_state()
+        states = distributed.gather([checkpoint.random_state()])
+        state["random"] = [one for (one,) in states]
         return checkpoint.Checkpoint(step, tensors, state)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -113,16 +117,20 @@ class Stateful:
             own = {
                 k.removeprefix(prefix): t for k, t in saved.tensors.items() if k.startswith(prefix)
             }
+            now = module.state_dict()
             try:
-                module.load_state_dict(own)
-            except RuntimeError as error:
+                placed = {k: distributed.like(t, now[k]) if k in now else t for k, t in own.items()}
+                module.load_state_dict(placed)
+            except (RuntimeError, ValueError) as error:
                 raise RunError(
                     "the checkpoint is of another architecture: "
                     f"{str(error).splitlines()[-1].strip()}"
                 ) from error
         for name, other in self.others.items():
             other.load_state_dict(saved.state[name])
-        checkpoint.set_random_state(saved.state["random"])
+        states, rank = saved.state["random"], distributed.world().rank
+        if rank < len(states):  # one that the run did not have keeps the state it began with
+            checkpoint.set_random_state(states[rank])
 
 
 class Run:
@@ -142,6 +150,7 @@ class Run:
         self.meter = Meter(device, forward_dtype(device, config.dtype))
         self.step = 0
         self._signal: int | None = None
+        self.is_main = distributed.world().is_main
         self._not_finite: set[str] = set()
 
     # --- the loop's side -------------------------------------------------------------------------
@@ -185,7 +194,7 @@ class Run:
     def _drop_metrics_after(self, step: int) -> None:
         """Removes what was logged past the checkpoint: it will be logged again."""
         path = self.folder / "metrics.jsonl"
-        if not path.exists():
+        if not self.is_main or not path.exists():
             return
         kept = []
         for line in path.read_text().splitlines():
@@ -204,6 +213,8 @@ class Run:
         Raises:
             Stopped: it cannot be written.
         """
+        if not self.is_main:
+            return
         for key, value in metrics.items():
             if not math.isfinite(value) and key not in self._not_finite:
                 self._not_finite.add(key)
@@ -228,37 +239,45 @@ class Run:
         """
         self.step = step
         due = last or step % self.config.checkpoint_every == 0 or step == self.total
-        self._save(step, f"step {step}", f"at step {step}", due)
+        self._checkpoint(step, f"step {step}", f"at step {step}", due)
 
     def end_update(self, step: int, updates: int, every: int) -> None:
         """After an update in the middle of `step`: as `end_step`, for a checkpoint every `every`
         updates (0: none). It bears the number of the steps that are done, and replaces theirs."""
         due = every > 0 and updates % every == 0
-        self._save(step - 1, f"step {step}", f"after update {updates} of step {step}", due)
+        self._checkpoint(step - 1, f"step {step}", f"after update {updates} of step {step}", due)
 
-    def _save(self, step: int, place: str, stopped: str, due: bool) -> None:
+    def _checkpoint(self, step: int, place: str, stopped: str, due: bool) -> None:
         """A checkpoint of so many steps, where it is due or a stop was asked for."""
-        stop = self._signal
+        stop = distributed.largest(self._signal or 0) or None
         if stop is None and not due:
             return
-        with self.meter.phase("checkpoint"), self._writing(f"{place}: a checkpoint"):
-            # No step that a checkpoint covers may be missing, even where the power fails.
-            if (self.folder / "metrics.jsonl").exists():
-                sync(self.folder / "metrics.jsonl")
+        with self.meter.phase("checkpoint"):
             saved = self.stateful.capture(step)
             saved.state["meter"] = self.meter.state_dict()
             saved.state["run"] = {"command": self.command, "options": options_of(self.config)}
-            path = checkpoint.save(self.folder / "checkpoints", saved, self.config.keep_checkpoints)
+            path = distributed.on_main(lambda: self._save(saved, place))
         if stop is not None:
             raise Interrupted(f"stopped {stopped}; go on with --resume (checkpoint {path})", stop)
+
+    def _save(self, saved: checkpoint.Checkpoint, place: str) -> Path:
+        with self._writing(f"{place}: a checkpoint"):
+            # No step that a checkpoint covers may be missing, even where the power fails.
+            if (self.folder / "metrics.jsonl").exists():
+                sync(self.folder / "metrics.jsonl")
+            return checkpoint.save(self.folder / "checkpoints", saved, self.config.keep_checkpoints)
 
     @contextmanager
     def saving_model(self) -> Iterator[Path]:
         """Gives the folder to save what came out into; it becomes OUTPUT/model when it is whole.
+        Only the main process may write into it.
 
         Raises:
             Stopped: it cannot be written.
         """
+        if not self.is_main:
+            yield self.folder / "model"
+            return
         with (
             self.meter.phase("checkpoint"),
             self._writing("the model"),
@@ -284,12 +303,18 @@ class Run:
     # --- its beginning and end -------------------------------------------------------------------
 
     def __enter__(self) -> Run:
-        if self.config.overwrite:
-            clear_folder(self.folder)
-        write_config(self.folder, self.config)
+        if self.is_main:
+            if self.config.overwrite:
+                clear_folder(self.folder)
+            write_config(self.folder, self.config)
+        else:
+            # The same weights came of the same seed; what is drawn from here on is its own.
+            rank = distributed.world().rank
+            torch.manual_seed(stream(self.config.seed, "process", rank).initial_seed())
+        distributed.barrier()
         from fastalign.train.screen import Screen
 
-        self._screen = Screen(self.command, self.total, self.started)
+        self._screen = Screen(self.command, self.total, self.started, not self.is_main)
         self._screen.start()
         self.meter.start()
         self._handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -312,6 +337,8 @@ class Run:
                 signal.signal(number, handler)
 
     def _write_accounting(self) -> None:
+        if not self.is_main:
+            return
         found = {"method": self.command, "step": self.step, **self.meter.summary()}
         try:
             write_text(self.folder / "accounting.json", strict_json.dumps(found, indent=2) + "\n")
@@ -337,14 +364,22 @@ def _in_main_thread() -> bool:
 
 
 def begin(config: RunConfig) -> torch.device:
-    """Claims the output folder, seeds everything and chooses the device, before any work is done.
+    """Claims the output folder, seeds everything and chooses the device, before any work is done;
+    processes that torchrun started meet here.
 
     Raises:
         RunError: the output folder cannot be used, or the device is not there.
         CheckpointError: there is nothing to resume.
     """
-    device = choose_device(config.device)
+    device = distributed.start(choose_device(config.device))
     autocast(device, config.dtype)
+    distributed.on_main(lambda: _claim(config))
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    return device
+
+
+def _claim(config: RunConfig) -> None:
     own = config.resume == "auto" or (
         config.resume is not None
         and Path(config.resume).resolve().parent.parent == Path(config.output).resolve()
@@ -354,9 +389,6 @@ def begin(config: RunConfig) -> torch.device:
     unfinished = there and config.resume == "auto" and is_unfinished(Path(config.output))
     if config.resume is not None and not unfinished:
         checkpoint.check_there(config.resume, Path(config.output) / "checkpoints")
-    random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    return device
 
 
 def choose_device(name: str) -> torch.device:

@@ -64,7 +64,7 @@ class RWR(FromLabels):
     name = "rwr"
 
     def backward(
-        self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: int
+        self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: float
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         hidden, out = self.policy_loss(pack_, inputs, n_tokens)
         out.loss.backward()

@@ -32,9 +32,10 @@ class Screen:
         command: its name, shown beside the bar.
         total: steps of the whole run.
         started: when the run began, by ``time.monotonic``.
+        quiet: show nothing; for all processes of a run but one.
     """
 
-    def __init__(self, command: str, total: int, started: float) -> None:
+    def __init__(self, command: str, total: int, started: float, quiet: bool = False) -> None:
         self.command, self.total, self.started = command, total, started
         self._last_line = 0.0
         self._bar = Progress(
@@ -45,7 +46,7 @@ class Screen:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[shown]}"),
-            disable=not sys.stderr.isatty(),
+            disable=quiet or not sys.stderr.isatty(),
             console=Console(stderr=True),
         )
 

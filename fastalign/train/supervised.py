@@ -27,6 +27,7 @@ from fastalign.data.packing import Packed, epochs_of_batches, pack, token_budget
 from fastalign.data.tokens import TokenizedCompletion, tokenize_completions
 from fastalign.models import Policy
 from fastalign.models.flops import training_flops
+from fastalign.train import distributed
 from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.run import Run, Stateful, at_least, autocast, check_context
 from fastalign.train.same_run import Inputs
@@ -179,6 +180,7 @@ class Supervised:
         self.schedule = epochs_of_batches(
             train.lengths, config.epochs, config.batch_tokens, config.seed
         )
+        distributed.shard(policy, "hidden")
         self.optimizer = Optimizer(config, policy, len(self.schedule))
 
     # --- what methods override --------------------------------------------------------------------
@@ -190,7 +192,7 @@ class Supervised:
         """After the last step, before the model is saved."""
 
     def backward(
-        self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: int
+        self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: float
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adds the gradients of one pack's part of a mean over `n_tokens` tokens.
 
@@ -203,7 +205,7 @@ class Supervised:
         return {"loss": out.loss.detach()}, {"hidden states": hidden}
 
     def policy_loss(
-        self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: int
+        self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: float
     ) -> tuple[Tensor, ops.LossOutput]:
         """Hidden states [M, H] and the loss on them, a part of a mean over `n_tokens`."""
         with autocast(self.device, self.config.dtype):
@@ -271,14 +273,16 @@ class Supervised:
         n_tokens = sum(self.train.response_lengths[i] for i in batch)
         lengths = [self.train.lengths[i] for i in batch]
         sums: dict[str, Tensor] = {}
-        for micro in token_budget_batches(lengths, self.config.micro_tokens):
-            pack_, inputs = self.train.of([batch[i] for i in micro], self.device)
-            parts, seen = self.backward(pack_, inputs, n_tokens)
+        for micro in distributed.micros(
+            self.policy, batch, self.train.lengths, self.config.micro_tokens
+        ):
+            pack_, inputs = self.train.of(micro.rows, self.device)
+            parts, seen = self.backward(pack_, inputs, micro.divisor(n_tokens))
             sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}
-        numbers = torch.stack(list(sums.values())).tolist()
+        numbers = distributed.total(torch.stack(list(sums.values()))).tolist()
         metrics: dict[str, float] = dict(zip(sums, numbers, strict=True))
         metrics["perplexity"] = perplexity(metrics.get("nll", metrics["loss"]))
-        metrics |= self.optimizer.update(run, step, sums["loss"], seen)
+        metrics |= self.optimizer.update(run, step, torch.tensor(metrics["loss"]), seen)
         self.optimizer.next_step()
         run.meter.count(
             sum(lengths), trained=n_tokens, flops=training_flops(self.policy, lengths, n_tokens)
@@ -286,7 +290,9 @@ class Supervised:
         return metrics
 
     def save(self, folder: Path) -> None:
-        self.policy.save(folder, self.tokenizer)
+        policy = distributed.unsharded(self.policy)
+        if isinstance(policy, Policy):
+            policy.save(folder, self.tokenizer)
 
 
 def perplexity(nats: float) -> float:
