@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastalign.train.folder import RunError
@@ -109,8 +111,7 @@ def data_digest(examples: Sequence[Any]) -> str:
             value = getattr(example, field.name)
             if isinstance(value, list):
                 # The length keeps [1], [2, 3] apart from [1, 2], [3].
-                ids = torch.tensor([len(value), *value], dtype=torch.int64)
-                digest.update(ids.numpy().tobytes())
+                digest.update(array("q", [len(value), *value]).tobytes())
             else:
                 digest.update(f"{value!r};".encode())
     return f"{len(examples)} examples, {digest.hexdigest()[:12]}"
@@ -118,15 +119,16 @@ def data_digest(examples: Sequence[Any]) -> str:
 
 @torch.no_grad()
 def weights_digest(module: nn.Module) -> str:
-    """12 digits of SHA-256 over names, shapes and sums of the bytes of all weights and buffers.
+    """12 digits of SHA-256 over names, shapes and sums of the bits of all weights and buffers.
 
     The sums are exact, and taken where the weights are: a big model on a GPU is not moved.
     """
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        for part in tensor.contiguous().reshape(-1).view(torch.uint8).split(1 << 24):
-            # Each byte counts by its place, so that two that changed places show.
-            place = torch.arange(1, part.numel() + 1, device=part.device)
-            digest.update(f"{int((part * place).sum())};".encode())
+        for part in tensor.contiguous().reshape(-1).view(torch.uint8).split(1 << 22):
+            words = F.pad(part, (0, -part.numel() % 4)).view(torch.int32)
+            # Each counts by its place, so that two that changed places show.
+            place = torch.arange(1, words.numel() + 1, device=words.device)
+            digest.update(f"{int((words * place).sum())};".encode())
     return digest.hexdigest()[:12]
