@@ -34,19 +34,30 @@ ONLINE = [
 METHODS: dict[str, tuple[list[Any], list[str]]] = {
     "sft": (
         ["--model", "scratch:1m", "--vocab_size", 300, *SUPERVISED],
-        ["start", "step", "checkpoint", "step", "model"],
+        ["start", "step", "checkpoint", "model"],
     ),
     "reward": (
         ["--model", "SFT", "--heads", 3, "--max_length", 256, *SUPERVISED],
-        ["step", "checkpoint", "step", "checkpoint", "model"],
+        ["step", "checkpoint", "step"],
     ),
     "dpo": (
         ["--model", "SFT", "--max_length", 256, *SUPERVISED],
-        ["start", "checkpoint", "step", "step", "model"],
+        ["start", "step", "checkpoint"],
     ),
     "apa": (
         ["--policy", "SFT", "--reward", "REWARD", *ONLINE],
-        ["step", "checkpoint", "start", "step", "model"],
+        ["step", "checkpoint", "model"],
+    ),
+    "ppo": (  # a checkpoint after each update holds the rollouts of a step half done
+        [
+            *("--policy", "SFT", "--reward", "REWARD", *ONLINE, "--kl_coef", 0.05),
+            *("--kl_control", "adaptive", "--kl_target", 2.0, "--checkpoint_updates", 1),
+        ],
+        ["checkpoint", "start", "step", "checkpoint"],
+    ),
+    "grpo": (
+        ["--policy", "SFT", "--reward", "REWARD", *ONLINE],
+        ["step", "step", "checkpoint"],
     ),
 }
 
