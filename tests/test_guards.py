@@ -222,9 +222,10 @@ def test_a_budget_of_kl_is_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
         "step 2: KL(pi || pi_init) of a response is 0.525 nats, the budget 0.5 (guards.max_kl): "
         "the run ends here"
     )
-    resumed = Guards(GuardConfig())
-    resumed.load_state_dict(guards.state_dict())
-    assert resumed.spent == guards.spent and told(caplog) == []
+    for budget, spent in ((0.5, guards.spent), (0.6, None), (None, None)):
+        resumed = Guards(GuardConfig(max_kl=budget))
+        resumed.load_state_dict(guards.state_dict())
+        assert resumed.spent == spent and told(caplog) == []
     Guards(GuardConfig()).check(1, step_of(kl=[1e3, 2e3, 1e3, 2e3]), {})
 
 

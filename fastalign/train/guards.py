@@ -98,18 +98,33 @@ class Guards:
         self.config = config
         self.first: dict[str, float] = {}  # what the first step showed
         self.told: list[str] = []
-        self.spent: str | None = None
-        """Why the run is to end in order, once its budget is used up."""
+        self.step, self.kl = 0, 0.0  # the last one, and the mean KL of its responses
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": dict(self.first), "told": list(self.told), "spent": self.spent}
+        return {
+            "first": dict(self.first),
+            "told": list(self.told),
+            "step": self.step,
+            "kl": self.kl,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first, self.told = dict(state["first"]), list(state["told"])
-        self.spent = state["spent"]
+        self.step, self.kl = state["step"], state["kl"]
+
+    @property
+    def spent(self) -> str | None:
+        """Why the run is to end in order, where the last step used up its budget of KL."""
+        most = self.config.max_kl
+        if most is None or self.kl <= most:
+            return None
+        return (
+            f"step {self.step}: KL(pi || pi_init) of a response is {self.kl:.3g} nats, the budget "
+            f"{most:g} (guards.max_kl): the run ends here"
+        )
 
     def check(self, step: int, found: Experience, metrics: dict[str, float]) -> dict[str, float]:
-        """Looks at a step; sets `spent` where the budget of KL is used up.
+        """Looks at a step.
 
         Args:
             found: the responses that the step learned from.
@@ -140,7 +155,7 @@ class Guards:
         alarms |= self._rewards(found.proxy, seen)
         for name, text in alarms.items():
             self._raise(step, name, text)
-        self._budget(step, kl.mean().item())
+        self.step, self.kl = step, kl.mean().item()
         return seen
 
     def _raise(self, step: int, name: str, text: str) -> None:
@@ -149,14 +164,6 @@ class Guards:
         if name not in self.told:
             self.told.append(name)
             log.warning("step %d: %s (told once)", step, text)
-
-    def _budget(self, step: int, kl: float) -> None:
-        most = self.config.max_kl
-        if most is not None and kl > most:
-            self.spent = (
-                f"step {step}: KL(pi || pi_init) of a response is {kl:.3g} nats, the budget "
-                f"{most:g} (guards.max_kl): the run ends here"
-            )
 
     def _sampling(
         self, kl: Tensor, seen: dict[str, float], metrics: dict[str, float]
