@@ -12,6 +12,7 @@ own name.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from fastalign.train.evaluate import (
     versions,
 )
 from fastalign.train.experience import Collector, Experience
+from fastalign.train.guards import GuardConfig, Guards
 from fastalign.train.kl_control import make_controller
 from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.prompts import choose_prompts, load_prompts
@@ -45,6 +47,8 @@ from fastalign.train.run import Run, RunError, Stateful, at_least, begin
 from fastalign.train.same_run import Inputs
 from fastalign.train.setup import load_policy
 from fastalign.train.update import Buffer, Learner, module_of
+
+log = logging.getLogger("fastalign")
 
 UNSET: Any = None
 """Default of a field whose value depends on another one."""
@@ -87,6 +91,8 @@ class OnlineConfig(OptimConfig):
     """Responses to each of them."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are drawn."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """Alarms, and a budget of KL."""
     steps: int = 20
     """Rounds of sampling and updating."""
     prompts_per_step: int = 64
@@ -276,7 +282,7 @@ def train(config: OnlineConfig, method: Method) -> Path:
     controller = make_controller(
         config.kl_control, config.kl_coef, config.kl_target, config.kl_horizon
     )
-    buffer, evaluations = Buffer(), Evaluations()
+    buffer, evaluations, guards = Buffer(), Evaluations(), Guards(config.guards)
     with Run(config, method.name, config.steps) as run:
         modules: dict[str, nn.Module] = {"policy": policy}
         if critic is not None and critic.module is not None:
@@ -284,7 +290,8 @@ def train(config: OnlineConfig, method: Method) -> Path:
         others = {"optimizer": optimizer, "controller": controller, "buffer": buffer}
         scorer = reward.entries if reward.ensemble is None else reward.ensemble
         inputs = Inputs(prompts=prompts, reference=reference, reward=scorer)
-        others |= {"evaluations": evaluations, "inputs": inputs, **method.state()}
+        others |= {"evaluations": evaluations, "inputs": inputs, "guards": guards}
+        others |= method.state()
 
         def collect(step: int) -> Experience:
             chosen = [prompts[i] for i in choose_prompts(len(prompts), config, step)]
@@ -303,6 +310,9 @@ def train(config: OnlineConfig, method: Method) -> Path:
                     learned = method.pretrain(critic, found, controller.coef)
                 run.log(0, "critic", learned | run.meter.metrics())
         for step in range(start + 1, config.steps + 1):
+            if guards.spent is not None:
+                log.info("%s", guards.spent)
+                break
             if buffer.found is None:
                 found = collect(step)
                 with run.meter.phase("value"):
@@ -316,14 +326,16 @@ def train(config: OnlineConfig, method: Method) -> Path:
             if config.kl_coef > 0:
                 metrics["kl/coef"] = controller.coef
             controller.update(metrics["kl/k1"], buffer.n_responses)
+            metrics |= guards.check(step, buffer.found, metrics)
             metrics |= run.meter.metrics()
             buffer.clear()
             run.log(step, "train", metrics)
-            if step == config.steps:
+            last = step == config.steps or guards.spent is not None
+            if last:
                 with run.meter.phase("evaluate"):
                     evaluations.after = judged()
                 run.log(step, "eval", evaluations.after.numbers)
-            run.end_step(step)
+            run.end_step(step, last=last)
         with run.saving_model() as folder:
             policy.save(folder, tokenizer)
         facts = {

@@ -1,0 +1,89 @@
+"""Guards in the loop: their metrics, an alarm that ends a run, a budget of KL that ends it well."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastalign.rollout import SamplingConfig
+from fastalign.train import grpo
+from fastalign.train.guards import GuardConfig
+from fastalign.train.run import Stopped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(road: Path, output: Path, guards: GuardConfig, **changes: Any) -> list[dict[str, Any]]:
+    """Trains for four steps; the lines of metrics.jsonl."""
+    config: dict[str, Any] = {
+        "output": str(output),
+        "policy": str(road / "sft" / "model"),
+        "reward": str(road / "reward" / "model"),
+        "steps": 4,
+        "prompts_per_step": 3,
+        "samples_per_prompt": 4,
+        "eval_limit": 2,
+        "eval_samples": 1,
+        "lr": 3e-3,
+        "sampling": SamplingConfig(max_new_tokens=6),
+        "guards": guards,
+    }
+    grpo.train(grpo.GRPOConfig(**(config | changes)))
+    return lines(output)
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(found: list[dict[str, Any]], phase: str) -> list[int]:
+    return [line["step"] for line in found if line["phase"] == phase]
+
+
+@pytest.fixture(scope="module")
+def whole(road: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A run that no guard ends."""
+    return run(road, tmp_path_factory.mktemp("guards") / "whole", GuardConfig())
+
+
+def test_metrics_of_every_step(whole: list[dict[str, Any]]) -> None:
+    found = [line for line in whole if line["phase"] == "train"]
+    assert len(found) == 4
+    for line in found:
+        assert 0 <= line["repeats"] < 1 and 0.25 <= line["distinct"] <= 1
+        assert 0 <= line["reward/zero_std"] <= 1 and line["kl/k1_stderr"] >= 0
+
+
+def test_a_budget_of_kl_ends_the_run_in_order(
+    road: Path,
+    tmp_path: Path,
+    whole: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kl = [line["kl/k1"] for line in whole if line["phase"] == "train"]
+    # The first step after which KL is above what all steps before it had, and not the last one.
+    end = next(i for i in range(1, 3) if kl[i] > max(kl[:i]) + 1e-3)
+    budget = GuardConfig(max_kl=(kl[end] + max(0.0, *kl[:end])) / 2)
+    caplog.set_level(logging.INFO, logger="fastalign")
+    found = run(road, tmp_path / "run", budget, checkpoint_every=100)
+    assert steps(found, "train") == list(range(1, end + 2)) and steps(found, "eval") == [0, end + 1]
+    assert f"step {end + 1}: KL(pi || pi_init) of a response is {kl[end]:.3g} nats" in caplog.text
+    facts = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert facts["after"]["n"] == 2 and (tmp_path / "run/model/model.safetensors").exists()
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{end + 1:06d}"
+    # As it is, there is nothing left to do; with a larger budget there is.
+    assert run(road, tmp_path / "run", budget, resume="auto") == found
+    found = run(road, tmp_path / "run", GuardConfig(max_kl=1e3), resume="auto")
+    assert steps(found, "train") == [1, 2, 3, 4]
+
+
+def test_an_alarm_ends_the_run_where_it_is_told_to(road: Path, tmp_path: Path) -> None:
+    guards = GuardConfig(stop="entropy", entropy=100.0)  # the first step is below that already
+    with pytest.raises(Stopped, match="step 1: the policy's entropy .*guards.stop names entropy"):
+        run(road, tmp_path / "run", guards)
+    assert steps(lines(tmp_path / "run"), "train") == []
