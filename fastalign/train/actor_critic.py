@@ -10,7 +10,7 @@ from the values V of the critic that the round began with. R is not whitened.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastalign import ops
 from fastalign.models import Policy
+from fastalign.rollout import Rollout
 from fastalign.train.critic import KINDS as CRITICS
 from fastalign.train.critic import Critic, make_critic, pretrain
 from fastalign.train.experience import Experience
@@ -44,7 +45,8 @@ class ActorCriticConfig(OnlineConfig):
     """Where values come from: trunk, a head on the policy; separate, a network that begins as
     pi_init; reward, one that begins as the reward ensemble."""
     critic_steps: int = 0
-    """Updates of the critic alone on pi_init's own responses, before the first step."""
+    """Updates of the critic alone on pi_init's own responses, before the first step; as many rounds
+    are sampled for it as it takes to learn from none more than about four times."""
     whiten: bool = True
     """Whiten the advantages."""
     whiten_over: str = UNSET
@@ -122,22 +124,30 @@ class ActorCritic(Method):
         )
         return rewards
 
-    def pretrain(self, critic: Critic, found: Experience, kl_coef: float) -> dict[str, float]:
+    def pretrain(
+        self, critic: Critic, rounds: list[Experience], kl_coef: float
+    ) -> dict[str, float]:
         """The critic learns the returns of pi_init's responses before the policy moves."""
         config = self.config
-        rewards = self.rewards(found, kl_coef)
-        # Of values 0 and lam 1, advantages are the sums of the rewards to come.
-        returns, _ = ops.gae(
-            rewards,
-            torch.zeros_like(rewards),
-            gamma=config.gamma,
-            lam=1.0,
-            cu_seqlens=found.cu_seqlens,
-        )
+        rollouts: list[Rollout] = []
+        returns: list[Tensor] = []
+        for found in rounds:
+            rewards = self.rewards(found, kl_coef)
+            # Of values 0 and lam 1, advantages are the sums of the rewards to come.
+            to_come, _ = ops.gae(
+                rewards,
+                torch.zeros_like(rewards),
+                gamma=config.gamma,
+                lam=1.0,
+                cu_seqlens=found.cu_seqlens,
+            )
+            returns.append(to_come)
+            before = 1 + rollouts[-1].prompt_index if rollouts else 0
+            rollouts += [replace(r, prompt_index=before + r.prompt_index) for r in found.rollouts]
         return pretrain(
             critic,
-            found.rollouts,
-            returns,
+            rollouts,
+            torch.cat(returns),
             steps=config.critic_steps,
             lr=config.value_lr,
             batch_tokens=config.batch_tokens,

@@ -28,7 +28,7 @@ from fastalign.ops.kl_estimate import KINDS
 from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.rollout import SamplingConfig, TransformersEngine
 from fastalign.streams import stream
-from fastalign.train.critic import Critic
+from fastalign.train.critic import PASSES, Critic
 from fastalign.train.evaluate import (
     Evaluation,
     Evaluations,
@@ -199,8 +199,10 @@ class Method:
         """Of the values that `signal` gets."""
         return None
 
-    def pretrain(self, critic: Critic, found: Experience, kl_coef: float) -> dict[str, float]:
-        """The critic learns from pi_init's responses, `critic_steps` updates."""
+    def pretrain(
+        self, critic: Critic, rounds: list[Experience], kl_coef: float
+    ) -> dict[str, float]:
+        """The critic learns from rounds of pi_init's responses, `critic_steps` updates."""
         raise NotImplementedError
 
     def signal(self, found: Experience, values: Tensor | None, kl_coef: float) -> Signal:
@@ -305,9 +307,11 @@ def train(config: OnlineConfig, method: Method) -> Path:
             run.log(0, "eval", evaluations.before.numbers)
             torch.manual_seed(stream(config.seed, "sampling").initial_seed())
             if critic is not None and method.critic_steps > 0:
-                found = collect(1)
+                rounds, wanted = [collect(1)], method.critic_steps * config.batch_tokens / PASSES
+                while sum(found.tokens for found in rounds) < wanted:
+                    rounds.append(collect(1 + len(rounds)))
                 with run.meter.phase("value"):
-                    learned = method.pretrain(critic, found, controller.coef)
+                    learned = method.pretrain(critic, rounds, controller.coef)
                 run.log(0, "critic", learned | run.meter.metrics())
         for step in range(start + 1, config.steps + 1):
             if guards.spent is not None:
@@ -326,6 +330,7 @@ def train(config: OnlineConfig, method: Method) -> Path:
             if config.kl_coef > 0:
                 metrics["kl/coef"] = controller.coef
             controller.update(metrics["kl/k1"], buffer.n_responses)
+            assert buffer.found is not None
             metrics |= guards.check(step, buffer.found, metrics)
             metrics |= run.meter.metrics()
             buffer.clear()

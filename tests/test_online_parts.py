@@ -1,4 +1,5 @@
-"""Guards in the loop: their metrics, an alarm that ends a run, a budget of KL that ends it well."""
+"""Guards in the loop: their metrics, an alarm that ends a run, a budget of KL that ends it well.
+What a critic is pre-trained on."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from fastalign.rollout import SamplingConfig
-from fastalign.train import grpo
+from fastalign.rollout import Rollout, SamplingConfig
+from fastalign.train import actor_critic, awr, grpo
 from fastalign.train.guards import GuardConfig
 from fastalign.train.run import Stopped
 
@@ -87,3 +89,50 @@ def test_an_alarm_ends_the_run_where_it_is_told_to(road: Path, tmp_path: Path) -
     with pytest.raises(Stopped, match="step 1: the policy's entropy .*guards.stop names entropy"):
         run(road, tmp_path / "run", guards)
     assert steps(lines(tmp_path / "run"), "train") == []
+
+
+@pytest.mark.parametrize(("critic_steps", "n_rounds"), [(1, 1), (20, None)])
+def test_pretraining_samples_as_many_rounds_as_it_takes(
+    road: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    critic_steps: int,
+    n_rounds: int | None,
+) -> None:
+    """For none of their tokens to be learned from more than four times."""
+    seen: list[tuple[list[Rollout], Tensor, int]] = []
+
+    def pretrain(
+        critic: Any, rollouts: list[Rollout], returns: Tensor, *, steps: int, **_: Any
+    ) -> dict[str, float]:
+        seen.append((rollouts, returns, steps))
+        return {}
+
+    monkeypatch.setattr(actor_critic, "pretrain", pretrain)
+    awr.train(
+        awr.AWRConfig(
+            output=str(tmp_path / "run"),
+            policy=str(road / "sft" / "model"),
+            reward=str(road / "reward" / "model"),
+            critic="separate",
+            critic_steps=critic_steps,
+            steps=1,
+            prompts_per_step=3,
+            samples_per_prompt=2,
+            batch_tokens=150,
+            eval_limit=2,
+            eval_samples=1,
+            sampling=SamplingConfig(max_new_tokens=6),
+        )
+    )
+    ((rollouts, returns, steps),) = seen
+    tokens = [len(r.prompt) + len(r.completion) for r in rollouts]
+    rounds, rest = divmod(len(rollouts), 6)
+    assert steps == critic_steps and rest == 0 and rounds == (n_rounds or rounds)
+    assert 4 * sum(tokens) >= 150 * critic_steps > 4 * sum(tokens[:-6])
+    # Prompts of different rounds are different prompts.
+    assert [r.prompt_index for r in rollouts] == [i // 2 for i in range(len(rollouts))]
+    # gamma = 1 and no KL: the return is the same at every token of a response, and of each its own.
+    of = returns.split([len(r.completion) for r in rollouts])
+    assert all(bool((r == r[0]).all()) for r in of)
+    assert len({r[0].item() for r in of}) > len(rollouts) / 2
