@@ -320,3 +320,29 @@ def test_the_small_models_differ() -> None:
     """Or the tests above could not tell whose states were read."""
     first, second = (llama(seed).model.embed_tokens.weight for seed in (0, 1))
     assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_as_many_updates_as_asked_for(
+    folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Also where they end in the middle of a pass (one is of five updates)."""
+    plain, rates = torch.optim.AdamW.step, []
+
+    def step(self: torch.optim.AdamW) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        plain(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    some = rollouts(3, 2)
+    pretrain(
+        make(folders, "separate"),
+        some,
+        returns_of(some),
+        steps=steps,
+        lr=1e-3,
+        batch_tokens=15,
+        seed=0,
+        **ONE_PASS,
+    )
+    assert rates == pytest.approx([1e-4 * (i + 1) for i in range(steps)])  # the warm-up
