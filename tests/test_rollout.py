@@ -201,3 +201,30 @@ def test_sampling_that_makes_no_sense_is_refused(wrong):
     (name,) = wrong
     with pytest.raises(UserError, match=f"sampling: expected {name} >"):
         SamplingConfig(**wrong)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[7], [9]]])
+def test_a_prompt_is_read_once_whatever_the_number_of_its_responses(
+    policy, tokenizer, monkeypatch, prompts
+):
+    """The same draws and log-probs as of every response with a prompt of its own."""
+    shapes = []
+    plain = type(policy.model.model).forward
+
+    def forward(self, input_ids=None, **options):
+        shapes.append(tuple(input_ids.shape))
+        return plain(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(policy.model.model), "forward", forward)
+    engine, sampling = TransformersEngine(policy, tokenizer), SamplingConfig(max_new_tokens=6)
+    torch.manual_seed(4)
+    shared = engine.generate(prompts, 5, sampling)
+    width = max(len(p) for p in prompts)
+    read = [(len(prompts), width - 1)] if width > 1 else []
+    assert shapes[: len(read) + 1] == [*read, (5 * len(prompts), 1)]
+    monkeypatch.setattr(TransformersEngine, "_read", lambda *_: None)
+    torch.manual_seed(4)
+    alone = engine.generate(prompts, 5, sampling)
+    assert [r.completion for r in shared] == [r.completion for r in alone]
+    assert (recorded(shared) - recorded(alone)).abs().max() < 1e-5
+    assert len({tuple(r.completion) for r in shared}) > len(prompts)

@@ -2,7 +2,8 @@
 
 The log-prob of every sampled token is read from the very scores it was drawn from, one [batch, V]
 slice at a time: the scores of a whole generation are never kept. Prompts are batched by length, so
-that little is padded.
+that little is padded. A prompt that several responses begin with is read once: its keys and values
+are copied for each of them, and generation begins at its last token.
 """
 
 from __future__ import annotations
@@ -85,18 +86,38 @@ class TransformersEngine:
         self.policy.train(was_training)
         return [rollout for rollout in found if rollout is not None]
 
+    def _left_padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, int64 [B, width of the longest], on the policy's device."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad, dtype=torch.int64)
+        mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+        for r, prompt in enumerate(prompts):
+            ids[r, width - len(prompt) :] = torch.tensor(prompt)
+            mask[r, width - len(prompt) :] = 1
+        device = self.policy.head_weight.device
+        return ids.to(device), mask.to(device)
+
+    def _read(self, prompts: list[list[int]], copies: Tensor) -> Any:
+        """Keys and values of all tokens of the prompts but the last ones; `copies` says of which
+        prompt each row of the cache is."""
+        ids, mask = self._left_padded(prompts)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = self.policy.model.base_model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=places[:, :-1],
+            use_cache=True,
+        ).past_key_values
+        cache.batch_select_indices(copies)
+        return cache
+
     def _batch(
         self, rows: list[int], prompts: list[list[int]], sampling: SamplingConfig
     ) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList
 
-        width = max(len(prompts[i]) for i in rows)
-        ids = torch.full((len(rows), width), self.pad, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        for r, i in enumerate(rows):
-            ids[r, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[r, width - len(prompts[i]) :] = 1
-        device = self.policy.head_weight.device
+        ids, mask = self._left_padded([prompts[i] for i in rows])
+        width = ids.shape[1]
         recorder = _Recorder(sampling.temperature)
         config = GenerationConfig(
             do_sample=True,
@@ -108,14 +129,20 @@ class TransformersEngine:
             pad_token_id=self.pad,
         )
         model = self.policy.model
+        distinct = sorted(set(rows))
+        past = {}
+        if len(distinct) < len(rows) and width > 1:
+            copies = torch.tensor([distinct.index(i) for i in rows], device=ids.device)
+            past["past_key_values"] = self._read([prompts[i] for i in distinct], copies)
         # A model's own generation defaults (top_k = 50, a repetition penalty) would be merged into
         # ours and change the distribution the log-probs are of: they stand aside meanwhile.
         own_config, model.generation_config = model.generation_config, config
         try:
             out = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
+                input_ids=ids,
+                attention_mask=mask,
                 logits_processor=LogitsProcessorList([recorder]),
+                **past,
             )
         finally:
             model.generation_config = own_config
