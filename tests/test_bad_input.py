@@ -371,7 +371,8 @@ def test_nan_in_the_reward_model_stops_apa_before_the_weights(capsys, tmp_path, 
         *("--eval_limit", 2, "--eval_samples", 1, "--sampling.max_new_tokens", 4),
     )
     assert found.status == 1
-    assert "step 1: loss nan" in found.line and "first seen in input advantages" in found.line
+    assert f"the reward ensemble {broken} gave nan for response 1 of 2" in found.line
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def start(*argv: object) -> subprocess.Popen:
