@@ -218,6 +218,20 @@ def test_the_reference_is_looked_up_once(road, tmp_path, monkeypatch):
     assert seen == [6, 2] * 2  # of another model
 
 
+def test_dropout_is_off(road, tmp_path, monkeypatch):
+    """log pi is compared with pi_init's, which had none."""
+    seen = []
+    plain = Offline.backward
+
+    def backward(self, *args):
+        seen.append(self.policy.training)
+        return plain(self, *args)
+
+    monkeypatch.setattr(Offline, "backward", backward)
+    offline.train_apa(small(OfflineAPAConfig, tmp_path, road, limit=2, eval_limit=1, eval_every=1))
+    assert len(seen) > 1 and not any(seen)
+
+
 def test_values_anew_before_each_epoch(road, tmp_path, monkeypatch):
     seen = looks(monkeypatch)
     changes = {"epochs": 3, "lr": 0.0, "value_lr": 1e-2, "limit": 4, "eval_limit": 1}
@@ -240,7 +254,9 @@ def test_values_anew_before_each_epoch(road, tmp_path, monkeypatch):
 )
 def test_resumed_is_the_same_run(road, tmp_path, monkeypatch, method, config, refresh):
     """Stopped in the middle of the second epoch where values were computed anew."""
-    changes = {"limit": 3, "epochs": 3 if refresh else 2, "eval_limit": 1}
+    changes = {"limit": 3, "epochs": 2, "eval_limit": 1}
+    if refresh:  # two steps an epoch
+        changes |= {"limit": 1, "epochs": 3, "batch_tokens": 1}
     made = small(config, tmp_path, road, refresh=refresh, lr=1e-3, **changes)
     assert_resumes(method, made, monkeypatch)
 
