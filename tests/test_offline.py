@@ -246,6 +246,10 @@ def test_values_anew_before_each_epoch(road, tmp_path, monkeypatch):
     assert len(losses[0]) == 3 and losses[0][0] == losses[1][0]
     for step in (1, 2):
         assert abs(losses[0][step] - losses[1][step]) > 1e-3
+    seen.clear()  # two steps an epoch, and only the second epoch begins with new values
+    changes |= {"epochs": 2, "limit": 1, "batch_tokens": 1}
+    offline.train_apa(small(OfflineAPAConfig, tmp_path / "two", road, refresh=True, **changes))
+    assert len(lines_of(tmp_path / "two", "train")) == 4 and seen == [2, 2] * 2
 
 
 @pytest.mark.parametrize(
