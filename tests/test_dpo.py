@@ -473,15 +473,22 @@ def test_the_saved_model_is_the_trained_one(model, data, tmp_path):
     assert Path(saved).name == "model"
 
 
-def test_held_out_kto_ranks_the_pairs_it_split(model, data, tmp_path):
+def test_held_out_kto_ranks_the_pairs_it_split(model, data, write, tmp_path):
+    """Every other held-out pair the other way round, so that some are ranked wrong."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    turned = [r | {k: r[other[k]] for k in other} if i % 2 else r for i, r in enumerate(records())]
+    held = write(*turned, name="held.jsonl")
     run = tmp_path / "run"
-    saved = dpo.train(config(run, model, data, eval_data=data, loss="kto", lr=1e-2))
+    saved = dpo.train(config(run, model, data, eval_data=held, loss="kto", lr=1e-2))
     texts = dpo_texts(model)
     gaps = [
         float((a - b).sum())
         for a, b in zip(plain_logprobs(saved, texts), plain_logprobs(model, texts), strict=True)
     ]
+    for i in range(2, 12, 4):
+        gaps[i], gaps[i + 1] = gaps[i + 1], gaps[i]
     right = sum(a > b for a, b in zip(gaps[0::2], gaps[1::2], strict=True)) / 6
+    assert 0.0 < right < 1.0
     last = lines_of(run, "eval")[-1]
     assert last["rewards/accuracies"] == pytest.approx(right)
     assert last["rewards/margins"] == pytest.approx(
