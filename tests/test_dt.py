@@ -101,7 +101,7 @@ def test_a_run(road, tmp_path, caplog):
         road,
         epochs=1,
         batch_tokens=4096,
-        eval_targets="-1,2.5",
+        eval_targets="-1,2.5,-1",
         eval_samples=2,
         sampling=SamplingConfig(max_new_tokens=6),
     )
@@ -120,10 +120,16 @@ def test_a_run(road, tmp_path, caplog):
     logp = torch.cat(plain_logprobs(config.model, samples))
     (line,) = lines_of(tmp_path, "train")
     assert line["loss"] == pytest.approx(-logp.mean().item(), rel=100 * FLOAT32)
+    tagger = Tagger(Condition.load(model), words)
+    held = zip(data.held_out.examples, data.held_out_rewards.tolist(), strict=True)
+    tagged = [tagger.sample(e, tagger.condition.z(r), 256) for e, r in held]
+    nats = -torch.cat(plain_logprobs(config.model, [t for t in tagged if t])).mean().item()
+    assert lines_of(tmp_path, "eval")[0]["loss"] == pytest.approx(nats, rel=100 * FLOAT32)
     saved = Condition.load(model)
     assert saved == Condition.of(data.rewards, {"proxy": "gold"})
     found = json.loads((tmp_path / "targets.json").read_text())
-    assert [row["target"] for row in found] == [-1.0, 2.5]
+    assert [row["target"] for row in found] == [-1.0, 2.5, -1.0]
+    assert found[0] == found[2]  # every target draws from the same stream
     for row in found:
         assert row["n"] == 6 and 1 <= row["length"] <= 6
         assert row["achieved"] == pytest.approx(saved.z(row["reward"]), abs=1e-9)
