@@ -126,6 +126,33 @@ def training(folder: Path, size: int, *more: str) -> tuple[list[dict[str, Any]],
     return lines, load_file(folder / "model" / "model.safetensors")
 
 
+def pairs(folder: Path, size: int, method: str, model: Path) -> tuple[list[Any], dict[str, Any]]:
+    """Metrics and weights of a small `train reward` or `train dpo` in `size` processes."""
+    from safetensors.torch import load_file
+
+    argv = ["-m", "fastalign", "train", method, "--model", str(model), "--limit", "24"]
+    argv += ["--batch_tokens", "900", "--micro_tokens", "400", "--eval_limit", "4"]
+    argv += ["--max_length", "128", "--device", "cpu", "--output", str(folder)]
+    done = torchrun(size, argv, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    weights = load_file(folder / "model" / "model.safetensors")
+    if method == "reward":
+        weights |= load_file(folder / "model" / "heads.safetensors")
+    return lines, weights
+
+
+@pytest.mark.parametrize("method", ["reward", "dpo"])
+def test_pairs_on_one_and_two_processes(method: str, road: Path, tmp_path: Path) -> None:
+    model = road / "sft" / "model"
+    one, two = (pairs(tmp_path / str(size), size, method, model) for size in (1, 2))
+    same(one, two)
+    for name in ("accuracy", "rewards/accuracies", "rewards/margins", "logps/chosen", "entropy"):
+        for a, b in zip(one[0], two[0], strict=True):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
+
+
 def same(a: tuple[list[Any], dict[str, Any]], b: tuple[list[Any], dict[str, Any]]) -> None:
     """Losses, gradient norms and held-out losses to rounding, and so the weights."""
     assert len(a[0]) == len(b[0]) > 4

@@ -314,4 +314,9 @@ def unsharded(module: nn.Module) -> nn.Module | None:
         full = whole(parameter.detach())
         if world().is_main:
             weights[id(empty)] = nn.Parameter(full.cpu(), requires_grad=empty.requires_grad)
-    return copy.deepcopy(blank, weights) if world().is_main else None
+    if not world().is_main:
+        return None
+    found = copy.deepcopy(blank, weights).cpu()
+    for buffer, own in zip(found.buffers(), module.buffers(), strict=True):
+        buffer.copy_(own)
+    return found

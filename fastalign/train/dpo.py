@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from fastalign.losses import KTO
 from fastalign.losses.preference import PreferenceLoss
 from fastalign.models import Policy, load_tokenizer
 from fastalign.models.flops import forward_flops, training_flops
+from fastalign.train import distributed
+from fastalign.train.distributed import Micro
 from fastalign.train.optim import Optimizer
 from fastalign.train.preference_data import Examples, load_examples
 from fastalign.train.preference_variants import OPTIONS, preference_loss, reference_mode
@@ -124,6 +127,8 @@ class Part:
     bounds: Tensor
     """int64 [S + 1], where each response starts among the targets that count."""
     inputs: dict[str, Any]
+    counts: bool = True
+    """False for a pass that another process's share asks for, see `distributed`."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +145,12 @@ class Trainee:
     def device(self) -> torch.device:
         return self.policy.head_weight.device
 
-    def parts(self, examples: Examples, batch: list[int], z0: Tensor | None) -> list[Part]:
-        """The forward passes of a batch."""
-        found = []
-        lengths = [examples.lengths[i] for i in batch]
-        for micro in token_budget_batches(lengths, self.config.micro_tokens):
-            chosen = [batch[i] for i in micro]
+    def parts(
+        self, examples: Examples, micros: Iterable[Micro], z0: Tensor | None
+    ) -> Iterator[Part]:
+        """The forward passes of a batch, one after the other."""
+        for micro in micros:
+            chosen = micro.rows
             rows = examples.rows(chosen)
             packed = examples.responses.pack(rows).to(self.device)
             inputs = dict[str, Any]()
@@ -158,10 +163,10 @@ class Trainee:
                 inputs[self.loss.flags_name] = examples.flags[chosen].to(self.device)
             if z0 is not None:
                 inputs["z0"] = z0
-            found.append(Part(chosen, packed, examples.responses.bounds(rows), inputs))
-        return found
+            bounds = examples.responses.bounds(rows)
+            yield Part(chosen, packed, bounds, inputs, micro.counts)
 
-    def forward(self, part: Part, normalizer: int) -> tuple[ops.LossOutput, Tensor]:
+    def forward(self, part: Part, normalizer: float) -> tuple[ops.LossOutput, Tensor]:
         """The sum of the examples' losses over the normalizer, and the hidden states."""
         with autocast(self.device, self.config.dtype):
             hidden = self.policy.response_hidden(part.packed)
@@ -175,7 +180,7 @@ class Trainee:
                 softcap=self.policy.softcap,
                 ignore_index=None,
                 groups=part.bounds,
-                normalizer=normalizer,
+                normalizer=normalizer if part.counts else math.inf,
             )
         return out, hidden
 
@@ -226,7 +231,15 @@ class Means:
             self.counts[name] = self.counts.get(name, 0) + count
 
     def metrics(self) -> dict[str, float]:
-        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        """Over all processes."""
+        own = {name: (float(total), self.counts[name]) for name, total in self.sums.items()}
+        shares = [share for (share,) in distributed.gather([own])]
+        names = dict.fromkeys(name for share in shares for name in share)
+        found = {name: [share[name] for share in shares if name in share] for name in names}
+        return {
+            name: sum(total for total, _ in parts) / sum(count for _, count in parts)
+            for name, parts in found.items()
+        }
 
 
 def statistics(means: Means, out: ops.LossOutput, examples: Examples, part: Part) -> None:
@@ -236,6 +249,8 @@ def statistics(means: Means, out: ops.LossOutput, examples: Examples, part: Part
     others). "drift/k1" and "drift/k3" are estimates of a KL in nats per token, but over responses
     that the policy did not sample: how far it has moved on the data. "entropy" in nats per token.
     """
+    if not part.counts:
+        return
     n_tokens = out.logp.numel()
     desirable = None
     if examples.per_example == 1:
@@ -262,7 +277,9 @@ def evaluate(trainee: Trainee, examples: Examples) -> dict[str, float]:
     trainee.policy.eval()
     everything = list(range(len(examples)))
     total, parts = 0.0, list[dict[str, Tensor]]()
-    for part in trainee.parts(examples, everything, trainee.baseline(examples, everything)):
+    passes = token_budget_batches(examples.lengths, trainee.config.micro_tokens)
+    z0 = trainee.baseline(examples, everything)
+    for part in trainee.parts(examples, map(Micro, passes), z0):
         out, _ = trainee.forward(part, len(examples))
         total += float(out.loss)
         bounds = part.bounds.to(trainee.device)
@@ -332,9 +349,9 @@ def train(config: DPOConfig) -> Path:
     reference = policy.frozen_copy() if config.reference_mode() == "live" else None
     policy.train()
     trainee = Trainee(policy, reference, loss, config)
+    inputs = Inputs(data=examples.responses.items, start=policy)
 
     schedule = epochs_of_batches(examples.lengths, config.epochs, config.batch_tokens, config.seed)
-    optimizer = Optimizer(config, policy, len(schedule))
     with Run(config, "dpo", len(schedule)) as run:
         if config.reference_mode() == "precompute":
             found = [e for e in (examples, held_out) if e is not None]
@@ -342,7 +359,8 @@ def train(config: DPOConfig) -> Path:
             cache = Path(config.reference_cache or run.folder / "reference")
             precompute(policy, sets, cache, config.dtype, config.micro_tokens, run.meter)
             run.meter.skip()  # no step's
-        inputs = Inputs(data=examples.responses.items, start=policy)
+        distributed.shard(policy, "hidden")
+        optimizer = Optimizer(config, policy, len(schedule))
         others = {"optimizer": optimizer, "inputs": inputs}
         start = run.restore(Stateful({"policy": policy}, others))
         if start == 0 and held_out is not None:
@@ -353,7 +371,8 @@ def train(config: DPOConfig) -> Path:
             rows = examples.rows(batch)
             with run.meter.phase("reference" if trainee.looks_up else "update"):
                 z0 = trainee.baseline(examples, batch)
-                parts = trainee.parts(examples, batch, z0)
+                micros = distributed.micros(policy, batch, examples.lengths, config.micro_tokens)
+                parts = trainee.parts(examples, micros, z0)
                 run.meter.count(flops=trainee.reference_flops(examples, rows))
             with run.meter.phase("update"):
                 means, total = Means(), torch.zeros((), device=device)
@@ -362,6 +381,7 @@ def train(config: DPOConfig) -> Path:
                     out.loss.backward()
                     total += out.loss.detach()
                     statistics(means, out, examples, part)
+                distributed.total(total)
                 metrics = {"loss": float(total)} | means.metrics()
                 if z0 is not None:
                     metrics["kl_baseline"] = float(z0)
@@ -379,5 +399,7 @@ def train(config: DPOConfig) -> Path:
                     run.log(step, "eval", evaluate(trainee, held_out))
             run.end_step(step)
         with run.saving_model() as folder:
-            policy.save(folder, tokenizer)
+            whole = distributed.unsharded(policy)
+            if isinstance(whole, Policy):
+                whole.save(folder, tokenizer)
     return run.folder / "model"

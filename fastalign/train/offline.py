@@ -214,7 +214,7 @@ class Offline(FromLabels):
         return sum(map(len, self.schedule[: step - 1])) % len(self.train.examples) == 0
 
     def backward(
-        self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: int
+        self, pack_: Packed, inputs: dict[str, Tensor], n_tokens: float
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         taken = {name: inputs[name] for name in self.loss.required}
         hidden, out = self.policy_loss(pack_, taken, n_tokens)

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from fastalign import ops
 from fastalign.data import source
-from fastalign.data.packing import epochs_of_batches, token_budget_batches
+from fastalign.data.packing import epochs_of_batches
 from fastalign.data.tokens import TokenizedPreference, tokenize_preferences
 from fastalign.models import RewardEnsemble, load_tokenizer
 from fastalign.models.flops import training_flops
 from fastalign.models.reward import EnsembleConfig
 from fastalign.streams import stream
+from fastalign.train import distributed
 from fastalign.train.label_noise import Labels, relabel, strength
 from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.reward_evaluation import (
@@ -334,6 +335,8 @@ def train(config: RewardConfig) -> Path:
     prepare_trunk(config, ensemble.encoder)
     ensemble.train()
 
+    inputs = Inputs(data=pairs)
+    distributed.shard(ensemble)
     encoder, scale = list(ensemble.encoder.parameters()), config.grad_scale()
 
     lengths = [pair_length(p) for p in pairs]
@@ -345,7 +348,7 @@ def train(config: RewardConfig) -> Path:
     optimizer = Optimizer(config, ensemble, len(schedule))
     passes = config.micro_tokens, config.dtype
     with Run(config, "reward", len(schedule)) as run:
-        others = {"optimizer": optimizer, "inputs": Inputs(data=pairs)}
+        others = {"optimizer": optimizer, "inputs": inputs}
         start = run.restore(Stateful({"ensemble": ensemble}, others))
         if start == 0 and counts:
             run.log(0, "labels", counts)
@@ -354,8 +357,8 @@ def train(config: RewardConfig) -> Path:
             totals = weights[batch].sum(0)
             total, right = torch.zeros(2, device=device).unbind()
             with run.meter.phase("update"):
-                for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
-                    rows = [batch[i] for i in micro]
+                for micro in distributed.micros(ensemble, batch, lengths, config.micro_tokens):
+                    rows = micro.rows
                     with autocast(device, config.dtype):
                         scores = ensemble(packed([pairs[i] for i in rows]).to(device))
                     chosen, rejected = scores.chunk(2)
@@ -368,10 +371,13 @@ def train(config: RewardConfig) -> Path:
                         label_smoothing=config.label_smoothing,
                         center_coef=config.center_coef,
                     )
+                    if not micro.counts:
+                        loss = 0.0 * loss
                     loss.backward()
                     total += loss.detach()
                     wins = ensemble.reduce(chosen.detach()) > ensemble.reduce(rejected.detach())
-                    right += wins.sum()
+                    right += wins.sum() * micro.counts
+                total, right = distributed.total(torch.stack([total, right])).unbind()
                 metrics = {"loss": float(total), "accuracy": float(right) / len(batch)}
                 if scale != 1.0:
                     torch._foreach_mul_([p.grad for p in encoder if p.grad is not None], scale)
@@ -400,5 +406,7 @@ def train(config: RewardConfig) -> Path:
                         warn_of_one_head(found)
             run.end_step(step)
         with run.saving_model() as folder:
-            ensemble.save(folder, tokenizer)
+            whole = distributed.unsharded(ensemble)
+            if isinstance(whole, RewardEnsemble):
+                whole.save(folder, tokenizer)
     return run.folder / "model"
