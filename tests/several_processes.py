@@ -5,6 +5,7 @@ The main process writes what it found to FOLDER/CHECK-N.pt, N the number of proc
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -178,12 +179,79 @@ def fail() -> None:
     raise UserError("of the main process")
 
 
+def scripted(config: Any, policy: Any, tokenizer: Any) -> Any:
+    """An engine whose answers depend on nothing but the prompt, with the policy's log-probs."""
+    from fastalign.data.packing import pack
+    from fastalign.rollout import Rollout
+    from fastalign.train import engine
+
+    real: Any = engine.make_engine(config, policy, tokenizer)
+
+    class Scripted:
+        sync = staticmethod(real.sync)
+
+        @torch.no_grad()
+        def generate(self, prompts: Any, n_samples: int, sampling: Any) -> list[Rollout]:
+            found = []
+            for i, prompt in enumerate(prompts):
+                for k in range(n_samples):
+                    length = 2 + (sum(prompt) + k) % 5
+                    answer = [(sum(prompt) * (k + 2) + 7 * t) % 250 + 5 for t in range(length)]
+                    logp, _ = real.policy.logprobs(pack([prompt + answer], [len(prompt)]))
+                    found.append(Rollout(i, prompt, answer, logp.tolist(), k % 2 == 0))
+            return found
+
+    return Scripted()
+
+
+def check_online() -> Any:
+    """Two rounds each of ppo with its value head and of grpo, their metrics and weights."""
+    from fastalign.train import distributed, grpo, online, ppo
+
+    online.make_engine = scripted
+    folder, found = Path(sys.argv[2]), {}
+    options: dict[str, Any] = dict(
+        policy=str(folder / "model"),
+        reward=f"{folder / 'reward.py'}:length",
+        steps=2,
+        prompts_per_step=6,
+        samples_per_prompt=2,
+        batch_tokens=250,
+        micro_tokens=120,
+        eval_limit=2,
+        eval_samples=1,
+        checkpoint_every=1,
+        kl_coef=0.05,
+        device="cpu",
+    )
+    size = distributed.launched().size
+    for name, run in (
+        ("ppo", lambda o: ppo.train(ppo.PPOConfig(output=o, **options))),
+        ("grpo", lambda o: grpo.train(grpo.GRPOConfig(output=o, **options))),
+    ):
+        output = folder / f"{name}-{size}"
+        run(str(output))
+        if distributed.world().is_main:
+            from safetensors.torch import load_file
+
+            lines = (output / "metrics.jsonl").read_text().splitlines()
+            found[name] = {
+                "metrics": [json.loads(line) for line in lines],
+                "weights": load_file(output / "model" / "model.safetensors"),
+            }
+    return found
+
+
 def main() -> None:
     from fastalign.train import distributed
 
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
-    checks: dict[str, Callable[[], Any]] = {"steps": check_steps, "words": check_words}
+    checks: dict[str, Callable[[], Any]] = {
+        "steps": check_steps,
+        "words": check_words,
+        "online": check_online,
+    }
     result = checks[sys.argv[1]]()
     here = distributed.world()
     if here.is_main:

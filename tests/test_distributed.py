@@ -153,9 +153,11 @@ def test_pairs_on_one_and_two_processes(method: str, road: Path, tmp_path: Path)
                 assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
 
 
-def same(a: tuple[list[Any], dict[str, Any]], b: tuple[list[Any], dict[str, Any]]) -> None:
+def same(
+    a: tuple[list[Any], dict[str, Any]], b: tuple[list[Any], dict[str, Any]], rows: int = 5
+) -> None:
     """Losses, gradient norms and held-out losses to rounding, and so the weights."""
-    assert len(a[0]) == len(b[0]) > 4
+    assert len(a[0]) == len(b[0]) >= rows
     for one, two in zip(a[0], b[0], strict=True):
         assert (one["phase"], one["step"]) == (two["phase"], two["step"])
         for key in {"loss", "grad_norm", "lr", "tokens"} & one.keys():
@@ -178,6 +180,21 @@ def test_sft_on_one_and_two_processes_and_resumed_on_another_number(tmp_path: Pa
         shutil.rmtree(folder / "model")
         same(one, training(folder, size, "--resume"))
     assert (tmp_path / "two" / "report.html").exists()
+
+
+def test_policies_on_one_and_two_processes(road: Path, tmp_path: Path) -> None:
+    """The same answers, drawn by two processes and by one: the same rewards, losses, weights."""
+    (tmp_path / "model").symlink_to(road / "sft" / "model")
+    (tmp_path / "reward.py").write_text(
+        "def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
+    )
+    one, two = (found("online", tmp_path, size) for size in (1, 2))
+    for name in ("ppo", "grpo"):
+        a, b = ((run[name]["metrics"], run[name]["weights"]) for run in (one, two))
+        same(a, b, rows=4)
+        for x, y in zip(a[0], b[0], strict=True):
+            for key in {"reward/proxy", "kl/k1", "kl/k3", "entropy", "length"} & x.keys():
+                assert x[key] == pytest.approx(y[key], rel=1e-3, abs=1e-5), key
 
 
 def test_two_processes_say_what_is_wrong_once(tmp_path: Path) -> None:

@@ -69,6 +69,9 @@ class Fixed:
             logp = logprobs(policy, rollout)[0].tolist()
             self.rollouts.append(Rollout(i // 2, rollout.prompt, tokens, logp, rollout.finished))
 
+    def sync(self) -> None:
+        pass
+
     def generate(self, prompts, n_samples, sampling):
         return self.rollouts[: len(prompts) * n_samples]
 

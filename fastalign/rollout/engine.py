@@ -43,6 +43,10 @@ class Rollout:
 class Engine(Protocol):
     """Anything that samples from a policy: what a `Collector` needs of it."""
 
+    def sync(self) -> None:
+        """Takes over the weights that the trainer has now. All processes call it."""
+        ...
+
     def generate(
         self, prompts: list[list[int]], n_samples: int, sampling: SamplingConfig
     ) -> list[Rollout]:

@@ -17,6 +17,7 @@ from fastalign import ops
 from fastalign.models.attention import attention
 from fastalign.models.policy import Policy
 from fastalign.rollout.engine import Rollout, SamplingConfig
+from fastalign.train.distributed import whole
 
 
 class _Recorder:
@@ -48,12 +49,22 @@ class TransformersEngine:
     Args:
         policy: the model.
         tokenizer: gives the end-of-sequence and padding ids.
+        trained: the model that is trained, where `policy` is a whole copy of it, because its own
+            weights are spread over several processes.
     """
 
-    def __init__(self, policy: Policy, tokenizer: Any) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, tokenizer: Any, trained: Policy | None = None) -> None:
+        self.policy, self.trained = policy, trained
         self.eos = int(tokenizer.eos_token_id)
         self.pad = int(tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Nothing to do, but for a copy."""
+        if self.trained is not None:
+            pairs = zip(self.policy.parameters(), self.trained.parameters(), strict=True)
+            for own, sharded in pairs:
+                own.copy_(whole(sharded))
 
     @torch.no_grad()
     def generate(

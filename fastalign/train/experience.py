@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from fastalign.data.packing import Packed, pack, token_budget_batches
 from fastalign.models import Policy
 from fastalign.models.flops import forward_flops
 from fastalign.rollout import Engine, Rollout, SamplingConfig
+from fastalign.train import distributed
 from fastalign.train.meter import Meter
 from fastalign.train.reward_source import RewardSource
-from fastalign.train.run import autocast
+from fastalign.train.run import RunError, autocast
 
 Gold = Callable[[str, str], float]
 
@@ -111,6 +112,39 @@ def packed(rollouts: list[Rollout]) -> Packed:
     return pack([r.prompt + r.completion for r in rollouts], [len(r.prompt) for r in rollouts])
 
 
+def merged(parts: list[Experience]) -> Experience:
+    """The experience of all processes as one, by the order of the prompts; process r of n had
+    prompts r, r + n, ..."""
+    n, first = len(parts), parts[0]
+    rollouts = [
+        replace(rollout, prompt_index=rollout.prompt_index * n + rank)
+        for rank, part in enumerate(parts)
+        for rollout in part.rollouts
+    ]
+    order = sorted(range(len(rollouts)), key=lambda i: rollouts[i].prompt_index)
+    lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
+
+    def of_tokens(name: str) -> Tensor:
+        rows = torch.cat([getattr(part, name) for part in parts]).split(lengths.tolist())
+        return torch.cat([rows[i] for i in order])
+
+    def of_responses(values: list[Any]) -> Any:
+        return None if values[0] is None else torch.cat(values)[order]
+
+    lengths_in_order = lengths[order]
+    return Experience(
+        [rollouts[i] for i in order],
+        torch.cat([lengths.new_zeros(1), lengths_in_order.cumsum(0)]).int(),
+        of_tokens("logp"),
+        of_tokens("ref_logp"),
+        of_responses([part.scores for part in parts]),
+        of_responses([part.proxy for part in parts]),
+        of_responses([part.gold for part in parts]),
+        sum(part.tokens for part in parts),
+        {name: of_responses([part.parts[name] for part in parts]) for name in first.parts},
+    )
+
+
 class Collector:
     """Samples, scores and looks up what the frozen reference thinks.
 
@@ -143,7 +177,6 @@ class Collector:
     def text(self, completion: list[int]) -> str:
         return self.tokenizer.decode(completion, skip_special_tokens=True)
 
-    @torch.no_grad()
     def collect(
         self,
         prompts: list[list[int]],
@@ -153,8 +186,48 @@ class Collector:
     ) -> Experience:
         """`n_samples` responses to each prompt; `texts` are the prompts for rewards that read.
 
-        With a `meter`, the phases generate, score and reference are charged to it.
+        Of several processes each answers its share of the prompts; all of them get all responses.
+
+        Raises:
+            RunError: fewer prompts than processes.
         """
+        self.engine.sync()
+        here = distributed.world()
+        if len(prompts) < here.size:
+            raise RunError(
+                f"{here.size} processes sample, but there are {len(prompts)} prompts to answer at "
+                "once: give more prompts, or take fewer processes"
+            )
+        share = slice(here.rank, None, here.size)
+        own = self._collect(prompts[share], texts[share], n_samples, meter)
+        found = merged([p for (p,) in distributed.gather([own])]) if here.size > 1 else own
+        if meter is not None:
+            self._count(meter, found)
+        return found
+
+    def _count(self, meter: Meter, found: Experience) -> None:
+        """What all processes' responses cost, by phase."""
+        # The reference has the policy's shape; a token is read once, keys and values kept.
+        passes = forward_flops(self.reference, found.lengths, found.n_tokens)
+        with meter.phase("generate"):
+            meter.count(found.tokens, flops=passes)
+        with meter.phase("score"):
+            if self.reward.ensemble is not None:
+                flops = forward_flops(self.reward.ensemble, found.lengths, len(found.rollouts))
+                meter.count(flops=flops)
+        with meter.phase("reference"):
+            meter.count(flops=passes)
+
+    @torch.no_grad()
+    def _collect(
+        self,
+        prompts: list[list[int]],
+        texts: list[str],
+        n_samples: int,
+        meter: Meter | None = None,
+    ) -> Experience:
+        """As `collect`, by this process alone. With a `meter`, the phases generate, score and
+        reference are charged to it."""
 
         def phase(name: str) -> AbstractContextManager[None]:
             return nullcontext() if meter is None else meter.phase(name)
@@ -162,11 +235,6 @@ class Collector:
         # In the precision of the log-probs they will be compared with.
         with phase("generate"), autocast(self.reference.head_weight.device, self.dtype):
             rollouts = self.engine.generate(prompts, n_samples, self.sampling)
-            lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
-            n_tokens = sum(len(r.completion) for r in rollouts)
-            if meter is not None:
-                # The reference has the policy's shape; a token is read once, keys and values kept.
-                meter.count(sum(lengths), flops=forward_flops(self.reference, lengths, n_tokens))
         with phase("score"):
             asked = [texts[r.prompt_index] for r in rollouts]
             answered = [self.text(r.completion) for r in rollouts]
@@ -175,12 +243,8 @@ class Collector:
             if self.gold is not None:
                 pairs = zip(asked, answered, strict=True)
                 gold = torch.tensor([self.gold(*pair) for pair in pairs], dtype=torch.float64)
-            if meter is not None and self.reward.ensemble is not None:
-                meter.count(flops=forward_flops(self.reward.ensemble, lengths, len(rollouts)))
         with phase("reference"):
             ref_logp, _ = self.logprobs(self.reference, rollouts)
-            if meter is not None:
-                meter.count(flops=forward_flops(self.reference, lengths, n_tokens))
         ends = torch.tensor([len(r.completion) for r in rollouts]).cumsum(0)
         return Experience(
             rollouts,
@@ -190,7 +254,7 @@ class Collector:
             judged.scores,
             judged.total,
             gold,
-            sum(lengths),
+            sum(len(r.prompt) + len(r.completion) for r in rollouts),
             judged.parts,
         )
 

@@ -26,9 +26,10 @@ from fastalign.models import Policy, RewardEnsemble, load_tokenizer
 from fastalign.models.reward import check_same_tokenizer
 from fastalign.ops.kl_estimate import KINDS
 from fastalign.ops.reduce_scores import STATISTICS
-from fastalign.rollout import SamplingConfig, TransformersEngine
-from fastalign.streams import stream
+from fastalign.rollout import SamplingConfig
+from fastalign.train import distributed
 from fastalign.train.critic import PASSES, Critic
+from fastalign.train.engine import make_engine, seed_draws
 from fastalign.train.evaluate import (
     Evaluation,
     Evaluations,
@@ -91,6 +92,10 @@ class OnlineConfig(OptimConfig):
     """Responses to each of them."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are drawn."""
+    engine: str = "transformers"
+    """What draws them: transformers, or vllm (a GPU, and the extra of that name)."""
+    engine_memory: float = 0.3
+    """Share of the GPU's memory that vllm takes."""
     guards: GuardConfig = field(default_factory=GuardConfig)
     """Alarms, and a budget of KL."""
     steps: int = 20
@@ -131,6 +136,9 @@ class OnlineConfig(OptimConfig):
         at_least(self, 0, "coef", "kl_coef", "checkpoint_updates")
         at_least(self, 1, "kl_horizon")
         one_of(self, "statistic", (None, *STATISTICS))
+        one_of(self, "engine", ("transformers", "vllm"))
+        if not 0 < self.engine_memory < 1:
+            raise RunError(f"expected 0 < engine_memory < 1, got {self.engine_memory}")
         one_of(self, "kl_control", ("fixed", "adaptive"))
         one_of(self, "kl_kind", self.kl_kinds())
         adaptive = self.kl_control == "adaptive"
@@ -255,8 +263,17 @@ def train(config: OnlineConfig, method: Method) -> Path:
         )
     prompts, held_out = load_prompts(config, tokenizer, room)
     method.prepare(tokenizer, policy)
+    engine = make_engine(config, policy, tokenizer)
+    distributed.shard(policy, "hidden")
+    if critic is not None and critic.module is not None:
+        distributed.shard(critic.module, "values")
+    if critic is not None and method.critic_steps > 0 and distributed.world().size > 1:
+        raise RunError(
+            "--critic_steps: the critic is pre-trained by one process; run without torchrun, or "
+            "with --critic_steps 0"
+        )
     collector = Collector(
-        TransformersEngine(policy, tokenizer),
+        engine,
         reference,
         reward,
         tokenizer,
@@ -268,7 +285,7 @@ def train(config: OnlineConfig, method: Method) -> Path:
 
     def judged() -> Evaluation:
         # Before and after draw from the same stream.
-        torch.manual_seed(stream(config.seed, "evaluation").initial_seed())
+        seed_draws(config.seed, "evaluation")
         return evaluate(
             collector,
             policy,
@@ -305,7 +322,7 @@ def train(config: OnlineConfig, method: Method) -> Path:
             with run.meter.phase("evaluate"):
                 evaluations.before = judged()
             run.log(0, "eval", evaluations.before.numbers)
-            torch.manual_seed(stream(config.seed, "sampling").initial_seed())
+            seed_draws(config.seed, "sampling")
             if critic is not None and method.critic_steps > 0:
                 rounds, wanted = [collect(1)], method.critic_steps * config.batch_tokens / PASSES
                 while sum(found.tokens for found in rounds) < wanted:
@@ -342,7 +359,9 @@ def train(config: OnlineConfig, method: Method) -> Path:
                 run.log(step, "eval", evaluations.after.numbers)
             run.end_step(step, last=last)
         with run.saving_model() as folder:
-            policy.save(folder, tokenizer)
+            whole = distributed.unsharded(policy)
+            if isinstance(whole, Policy):
+                whole.save(folder, tokenizer)
         facts = {
             "method": method.name,
             **reward.describe(),
@@ -353,5 +372,6 @@ def train(config: OnlineConfig, method: Method) -> Path:
             "command": command_line(),
             "seconds": {"total": time.monotonic() - run.started},
         }
-        evaluations.write(run.folder, facts)
+        if run.is_main:
+            evaluations.write(run.folder, facts)
     return run.folder / "model"

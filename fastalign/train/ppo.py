@@ -32,7 +32,7 @@ from fastalign.losses.ratio import EXACT
 from fastalign.models import Policy
 from fastalign.ops.kl_estimate import KINDS
 from fastalign.streams import stream
-from fastalign.train import online
+from fastalign.train import distributed, online
 from fastalign.train.actor_critic import ActorCritic, ActorCriticConfig
 from fastalign.train.online import UNSET, one_of
 from fastalign.train.run import RunError, at_least, autocast
@@ -199,8 +199,8 @@ class PPO(ActorCritic):
         n_targets = sum(len(self.imitated[i].completion) for i in batch)
         device = policy.head_weight.device
         total = torch.zeros((), device=device)
-        for micro in token_budget_batches([lengths[i] for i in batch], config.micro_tokens):
-            examples = [self.imitated[batch[i]] for i in micro]
+        for micro in distributed.micros(policy, batch, lengths, config.micro_tokens):
+            examples = [self.imitated[i] for i in micro.rows]
             pack_ = pack(
                 [e.prompt + e.completion for e in examples], [len(e.prompt) for e in examples]
             )
@@ -216,7 +216,7 @@ class PPO(ActorCritic):
                     bias=policy.head_bias,
                     softcap=policy.softcap,
                     ignore_index=None,
-                    normalizer=n_targets,
+                    normalizer=micro.divisor(n_targets),
                 )
             (config.ptx_coef * out.loss).backward()
             total += out.loss.detach()

@@ -22,7 +22,7 @@ from fastalign.losses.ratio import EXACT
 from fastalign.models import Policy
 from fastalign.models.flops import forward_flops, training_flops
 from fastalign.streams import stream
-from fastalign.train import experience
+from fastalign.train import distributed, experience
 from fastalign.train.critic import Critic, values_of
 from fastalign.train.experience import Experience
 from fastalign.train.meter import Meter
@@ -121,7 +121,7 @@ class Learner:
         pack_: Packed,
         inputs: dict[str, Tensor],
         lengths: list[int],
-        n_tokens: int,
+        n_tokens: float,
         normalizer: float,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adds the gradients of one pack's part of the loss of an update.
@@ -226,21 +226,29 @@ class Learner:
         rows, more = method.of_update(rows)
         sums: dict[str, Tensor] = {}
         self._count(run.meter, [found.lengths[i] for i in batch], n_tokens, loss)
-        for micro in token_budget_batches([found.lengths[i] for i in batch], config.micro_tokens):
-            pack_ = experience.packed([found.rollouts[batch[i]] for i in micro]).to(self.device)
-            inputs = {name: torch.cat([parts[i] for i in micro]) for name, parts in rows.items()}
+        place = {i: k for k, i in enumerate(batch)}
+        for micro in distributed.micros(self.policy, batch, found.lengths, config.micro_tokens):
+            pack_ = experience.packed([found.rollouts[i] for i in micro.rows]).to(self.device)
+            at = [place[i] for i in micro.rows]
+            inputs = {name: torch.cat([parts[k] for k in at]) for name, parts in rows.items()}
             parts, seen = self.backward(
-                loss, pack_, inputs, [lengths[i] for i in micro], n_tokens, normalizer
+                loss,
+                pack_,
+                inputs,
+                [lengths[k] for k in at],
+                micro.divisor(n_tokens),
+                micro.divisor(normalizer),
             )
             for name, part in parts.items():
                 sums[name] = sums[name] + part if name in sums else part
         sums |= method.also(self.policy, step, buffer.n_updates)
+        together = distributed.total(torch.stack([part.double() for part in sums.values()]))
+        sums = dict(zip(sums, together.unbind(), strict=True))
         total = sums["loss/policy"]
         for name, coef in method.weights.items():
             total = total + coef * sums[name]
         numbers = self.optimizer.update(run, step, total, seen)
-        found_here = torch.stack([t.double() for t in sums.values()]).tolist()
-        numbers |= dict(zip(sums, found_here, strict=True)) | more
+        numbers |= dict(zip(sums, together.tolist(), strict=True)) | more
         numbers["loss"] = float(total)
         gap = numbers.pop("sampling_gap")
         if buffer.n_updates == 0:  # later it is no longer the policy that sampled
