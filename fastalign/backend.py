@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 BACKENDS = ("reference", "cpp", "triton")
+# What has memory of its own; other subclasses may not.
+PLAIN = (Tensor, Parameter)
 
 try:
     import fastalign._C  # noqa: F401
@@ -73,7 +75,7 @@ def triton_interpreted() -> bool:
 def plain(tensor: Tensor) -> bool:
     """Whether an op may run without the dispatcher, whose 0.1 to 0.2 ms for many arguments are more
     than a small op takes: not with tracers, and tensors that only stand for others."""
-    if type(tensor) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+    if type(tensor) not in PLAIN or torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is None  # inside no torch.func transform
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
 from fastalign import _C
-from fastalign.losses import AWR, DPO, KTO, PPO
+from fastalign.losses import AWR, DPO, KTO, PPO, XPO
 from fastalign.ops import bradley_terry_loss, kl_estimate, policy_loss, preference_loss
 from fastalign.ops.direct import CODES, Statistics, dense
 
@@ -110,6 +110,43 @@ def test_strides_and_signs_that_are_put_off(name: str) -> None:
     sign = torch._neg_view(b["logp"])
     assert sign.is_neg() and sign.is_contiguous() and torch.equal(dense(sign), -b["logp"])
     assert not dense(sign).is_neg() and dense(b["logp"]) is b["logp"]
+
+
+class Nowhere(Tensor):
+    """A tensor that only stands for one, and has no memory."""
+
+    @staticmethod
+    def __new__(cls, x: Tensor) -> Nowhere:
+        return Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        return NotImplemented
+
+
+X = batch(8)["logp"]
+X2, KEPT, BOUNDS = X[:, None], X < -1, torch.tensor([0, 4, 8])
+PPO_INPUTS = {"old_logp": X, "advantages": X}
+NOWHERE: dict[str, Callable[[], Any]] = {
+    "advantages": lambda: policy_loss(PPO(), X, PPO_INPUTS | {"advantages": Nowhere(X)}),
+    "mask": lambda: policy_loss(PPO(), X, PPO_INPUTS, mask=Nowhere(KEPT)),
+    "entropy": lambda: policy_loss(PPO(), X, PPO_INPUTS, entropy=Nowhere(X)),
+    "pairs' mask": lambda: preference_loss(DPO(), X, BOUNDS, ref_logp=X, mask=Nowhere(KEPT)),
+    "pairs' flags": lambda: preference_loss(
+        XPO(), X, BOUNDS, ref_logp=X, chosen_is_ref=Nowhere(KEPT[:1])
+    ),
+    "rejected": lambda: bradley_terry_loss(X2, Nowhere(X2)),
+    "margin": lambda: bradley_terry_loss(X2, X2, margin=Nowhere(X2)),
+    "head_mask": lambda: bradley_terry_loss(X2, X2, head_mask=Nowhere(X2 < 0)),
+    "kl": lambda: kl_estimate(X, Nowhere(X), "k3"),
+}
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_what_has_no_memory_is_left_to_torch(name: str) -> None:
+    """Its address, 0, would be read, or taken for an absent argument."""
+    with pytest.raises(TypeError, match="Multiple dispatch failed"):
+        NOWHERE[name]()
 
 
 def test_wrong_arguments_are_python_errors() -> None:

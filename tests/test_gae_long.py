@@ -71,8 +71,8 @@ def test_cpp_pieces_of_the_siblings() -> None:
     rewards, values, kwargs = long_inputs()
     log_ratio = 0.1 * torch.randn(rewards.shape, generator=torch.Generator().manual_seed(1))
     caps: dict[str, Any] = {"c_bar": 1.0, "rho_bar": 1.5}
-    double = (x.double() for x in (rewards, values, log_ratio))
-    truth = vtrace(*double, **to_double(kwargs), **caps)
+    double = to_double(kwargs | {"log_ratio": log_ratio})
+    truth = vtrace(rewards.double(), values.double(), **double, **caps)
     with fa.backend("reference"):
         eager = vtrace(rewards, values, log_ratio, **kwargs, **caps)
     got = vtrace(rewards, values, log_ratio, **kwargs, **caps)

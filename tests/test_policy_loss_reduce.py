@@ -210,6 +210,14 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: policy_loss(MLE(), X, {}, normalizer=torch.ones(2)),
         r"0-d tensor without gradient, got shape \(2,\)",
     ),
+    "normalizer tensor of 0": (
+        lambda: policy_loss(MLE(), X, {}, normalizer=torch.tensor(0.0)),
+        "normalizer > 0 and finite, got 0.0",
+    ),
+    "normalizer tensor of NaN": (
+        lambda: value_loss(ValueLoss(), X.double(), X, normalizer=torch.tensor(float("nan"))),
+        "value_loss: expected normalizer > 0 and finite, got nan",
+    ),
     "gspo's advantages alone may be one a sequence": (
         lambda: policy_loss(
             GRPO("gspo"), torch.zeros(2, 2), {"old_logp": X[:, 0], "advantages": X[:, 0]}

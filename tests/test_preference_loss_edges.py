@@ -127,6 +127,13 @@ FLAGS = torch.tensor([True, False])
             {},
             r"expected ref_logp for DPO.*, missing: ref_logp, not taken: none",
         ),
+        (
+            DPO(),
+            (P.to(torch.float8_e5m2), BOUNDS),
+            {"ref_logp": P.to(torch.float8_e5m2)},
+            r"expected logp of a floating dtype, got torch.float8_e5m2",
+        ),
+        (DPO(), (P, BOUNDS), {"ref_logp": P.long()}, r"expected ref_logp of .*, got torch.int64"),
         (SimPO(), (P, BOUNDS), {"ref_logp": P}, r"expected no inputs .*, not taken: ref_logp"),
         (DPO(), (P, BOUNDS), {"ref_logp": P, "z0": 0.0}, r"missing: none, not taken: z0"),
         (KTO(), (P, BOUNDS), {"ref_logp": P, "z0": 0.0}, r"missing: desirable"),

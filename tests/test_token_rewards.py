@@ -171,23 +171,24 @@ def test_ppo_worked_by_hand(backend: str) -> None:
 def test_rto_worked_by_hand(backend: str) -> None:
     """dpo_coef .05 with bound .05, kl_coef .01, score 2: log(pi_dpo / pi_ref) = .5, -.2, 3 gives
     .025, -.01 and .15, held at .05; log(pi / pi_ref) = .3, -.1, .3 costs .003, -.001 and .003.
-    Rewards .022, -.009, 2.047.
+    Rewards .022, -.009, 2.047; and 1.997 where DPO's policy is pi_ref at the last token.
     """
     device = device_of(backend)
     ref = torch.tensor([-1.0, -2.0, -4.0], device=device)
+    ref = ref.repeat(2)
     with fa.backend(backend):
         rewards, _ = token_rewards(
-            ref + torch.tensor([0.3, -0.1, 0.3], device=device),
+            ref + torch.tensor([0.3, -0.1, 0.3] * 2, device=device),
             ref,
-            torch.tensor([2.0], device=device),
+            torch.tensor([2.0, 2.0], device=device),
             kl_coef=0.01,
             clip_score=10.0,
-            dpo_logp=ref + torch.tensor([0.5, -0.2, 3.0], device=device),
+            dpo_logp=ref + torch.tensor([0.5, -0.2, 3.0, 0.5, -0.2, 0.0], device=device),
             dpo_coef=0.05,
             clip_dpo=0.05,
-            cu_seqlens=torch.tensor([0, 3], device=device),
+            cu_seqlens=torch.tensor([0, 3, 6], device=device),
         )
-    assert rewards.tolist() == pytest.approx([0.022, -0.009, 2.047], rel=1e-4)
+    assert rewards.tolist() == pytest.approx([0.022, -0.009, 2.047, 0.022, -0.009, 1.997], rel=1e-4)
 
 
 def test_without_bounds_the_dpo_rewards_add_up_to_dpos() -> None:

@@ -112,7 +112,8 @@ def _computed(
             head_mask = head_mask.long()
         margin = None if margin is None else margin.float()
         totals = None if totals is None else totals.float()
-        run: Any = _by_address if direct(chosen) else torch.ops.fastalign_cpp.bradley_terry_loss
+        by_address = direct(chosen, rejected, margin, head_mask, totals)
+        run: Any = _by_address if by_address else torch.ops.fastalign_cpp.bradley_terry_loss
         return run(chosen, rejected, margin, offset, head_mask, totals, label_smoothing)
     args = (chosen, rejected, margin, offset, head_mask, totals, label_smoothing)
     if which == "triton":

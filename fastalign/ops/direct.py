@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastalign.backend import plain
+from fastalign.backend import PLAIN, plain
 
 # The codes of dtypes, in the order of csrc/direct.h.
 DTYPES = (
@@ -28,9 +28,13 @@ DTYPES = (
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
-def direct(x: Tensor) -> bool:
-    """Whether a kernel may take the address of ``x``: no tracer, and no dispatch mode (make_fx's,
-    a counter of operations), must see an op."""
+def direct(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel may take the addresses of the tensors: no tracer, and no dispatch mode
+    (make_fx's, a counter of operations), must see an op, and none only stands for another, without
+    memory of its own."""
+    for other in others:
+        if other is not None and type(other) not in PLAIN:
+            return False
     return plain(x) and torch._C._len_torch_dispatch_stack() == 0
 
 

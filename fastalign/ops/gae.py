@@ -24,7 +24,7 @@ scans of the same kernels: lambda_returns.py, vtrace.py.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -206,6 +206,6 @@ def gae(
         ValueError: a shape, dtype, device, rate or offset that does not fit.
     """
     inputs = check_scan("gae", rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
-    call = _computed if plain(rewards) else _gae
+    call: Any = _computed if plain(rewards) else _gae
     advantages, returns, statistics = call(*inputs, return_statistics)
     return (advantages, returns, statistics) if return_statistics else (advantages, returns)

@@ -66,7 +66,7 @@ def _computed(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
         from fastalign.kernels.kl_estimate import kl_estimate_fwd
 
         return kl_estimate_fwd(logp, ref_logp, KINDS.index(kind))
-    if which == "cpp" and direct(logp):
+    if which == "cpp" and direct(logp, ref_logp):
         logp, ref_logp = dense(logp), dense(ref_logp)
         kl = logp.new_empty(logp.shape, dtype=torch.float32)
         _C.kl_estimate(
@@ -86,7 +86,7 @@ def _computed_backward(grad: Tensor, logp: Tensor, ref_logp: Tensor, kind: str) 
         from fastalign.kernels.kl_estimate import kl_estimate_bwd
 
         return kl_estimate_bwd(grad, logp, ref_logp, KINDS.index(kind))
-    if which == "cpp" and direct(logp) and direct(grad):
+    if which == "cpp" and direct(grad, logp, ref_logp):
         grad, logp, ref_logp = dense(grad), dense(logp), dense(ref_logp)
         dlogp = logp.new_empty(logp.shape)
         _C.kl_estimate_backward(

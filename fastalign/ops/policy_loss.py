@@ -181,7 +181,7 @@ def _computed_on_cpu(
     """The loss and the statistics over ``divisor`` (0: the tokens that count), by C++; and those of
     dlogp, dentropy and dvalues that are wanted."""
     like = x.leading
-    if not direct(like):
+    if not direct(like, *x):
         loss, statistics, *found = torch.ops.fastalign_cpp.policy_loss(*form, *x, divisor)
         pairs = zip(found, wanted, strict=True)
         return loss, statistics, [slope if want else None for slope, want in pairs]

@@ -18,7 +18,7 @@ from fastalign.losses.grpo import check_reading, sequence_of_token
 from fastalign.losses.inputs import constants, wide
 from fastalign.losses.ratio import exact_kl_coef
 from fastalign.losses.value import ValueLoss
-from fastalign.ops.direct import Statistics
+from fastalign.ops.direct import Statistics, direct
 from fastalign.ops.policy_terms import COLUMNS, FUSED, KINDS, Form, Tokens, form_of, kept
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
@@ -294,6 +294,10 @@ def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
                 f"{op}: expected normalizer as a number or a 0-d tensor without gradient, "
                 f"got shape {tuple(normalizer.shape)}"
             )
+        # A look at one on a GPU would wait.
+        known = normalizer.device.type == "cpu" and direct(normalizer)
+        if known and not 0.0 < normalizer.item() < math.inf:
+            raise ValueError(f"{op}: expected normalizer > 0 and finite, got {normalizer.item()}")
     elif normalizer is not None and not 0.0 < normalizer < math.inf:
         raise ValueError(f"{op}: expected normalizer > 0 and finite, got {normalizer}")
 

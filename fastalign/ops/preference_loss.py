@@ -44,6 +44,7 @@ from fastalign.losses.preference_terms import (
 )
 from fastalign.ops.direct import CODES, Statistics, address, dense, direct
 from fastalign.ops.policy_reduce import check_layout, check_like
+from fastalign.ops.token_logprobs import FLOAT_DTYPES
 
 if CPP_BUILT:
     from fastalign import _C
@@ -121,7 +122,7 @@ def _computed(
     if which == "cpp":
         if ref_logp is not None and ref_logp.dtype != logp.dtype:
             args = (logp.float(), ref_logp.float(), *args[2:])
-        if direct(logp):
+        if direct(*args):
             return _by_address(form, *args)
         return torch.ops.fastalign_cpp.preference_loss(*form, *args)
     return preference_loss_reference(form, *args)
@@ -204,7 +205,7 @@ def _computed_backward(
         from fastalign.kernels.preference_loss import preference_loss_bwd
 
         return preference_loss_bwd(*args)
-    if which == "cpp" and direct(grad):
+    if which == "cpp" and direct(grad, slopes, cu_seqlens, mask):
         grad, cu_seqlens = dense(grad), dense(cu_seqlens)
         mask = None if mask is None else dense(mask)
         dlogp = slopes.new_empty(n_tokens)
@@ -334,6 +335,9 @@ def preference_loss(
         raise ValueError(f"{OP}: expected a preference loss of fastalign.losses, got {loss!r}")
     refuse_forward_mode(OP, logp)
     layout = check_layout(OP, logp, "logp", mask, cu_seqlens)
+    for name, x in (("logp", logp), ("ref_logp", ref_logp)):
+        if x is not None and x.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{OP}: expected {name} of a floating dtype, got {x.dtype}")
     offsets = layout.cu_seqlens
     given = dict(ref_logp=ref_logp, chosen_is_ref=chosen_is_ref, desirable=desirable, z0=z0)
     wanted = [name for name in given if name in loss.required]

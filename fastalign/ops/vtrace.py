@@ -20,7 +20,7 @@ benchmarks/bench_gae.py.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,5 +184,5 @@ def vtrace(
     assert checked_values is not None
     weights = log_ratio.detach().to(carry_dtype(rewards.dtype))
     rates = (gammas, lams, *map(float, caps.values()))
-    call = _computed if plain(rewards) else _vtrace
+    call: Any = _computed if plain(rewards) else _vtrace
     return VTrace(*call(rewards, checked_values, weights, *rates, *others))
