@@ -81,7 +81,7 @@ def critic_modules(critic: Critic) -> list[nn.Module]:
 
 def test_the_trunk_critic_is_the_policy_s_value_head(folders: SimpleNamespace) -> None:
     critic = make(folders, "trunk", value_head=True)
-    assert isinstance(critic, TrunkCritic) and critic.shares_trunk and critic.module is None
+    assert isinstance(critic, TrunkCritic) and critic.module is None
     scramble(critic)
     batch = packed(rollouts())
     hidden = critic.policy.response_hidden(batch)
@@ -93,7 +93,7 @@ def test_the_trunk_critic_is_the_policy_s_value_head(folders: SimpleNamespace) -
 
 def test_a_separate_critic_begins_on_the_trunk_of_pi_init(folders: SimpleNamespace) -> None:
     critic = make(folders, "separate")
-    assert isinstance(critic, OwnCritic) and not critic.shares_trunk and critic.module is critic
+    assert isinstance(critic, OwnCritic) and critic.module is critic
     loaded = Policy.load(folders.sft, tokenizer())
     batch, weights = packed(rollouts()), critic.trunk.state_dict()
     for name, weight in loaded.model.base_model.state_dict().items():

@@ -84,6 +84,16 @@ def test_a_budget_of_kl_ends_the_run_in_order(
     assert steps(found, "train") == [1, 2, 3, 4]
 
 
+def test_a_run_resumed_where_it_is_to_end_now_is_evaluated(road: Path, tmp_path: Path) -> None:
+    """Its checkpoint is of a step that was not to be the last one."""
+    run(road, tmp_path / "run", GuardConfig(), steps=2, checkpoint_every=1)
+    (tmp_path / "run" / "evaluation.json").unlink()
+    first = str(tmp_path / "run" / "checkpoints" / "step-000001")
+    found = run(road, tmp_path / "run", GuardConfig(), steps=1, resume=first)
+    assert steps(found, "train") == [1] and steps(found, "eval") == [0, 1]
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]["n"] == 2
+
+
 def test_an_alarm_ends_the_run_where_it_is_told_to(road: Path, tmp_path: Path) -> None:
     guards = GuardConfig(stop="entropy", entropy=100.0)  # the first step is below that already
     with pytest.raises(Stopped, match="step 1: the policy's entropy .*guards.stop names entropy"):

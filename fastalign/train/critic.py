@@ -52,9 +52,6 @@ class CriticOptions(Protocol):
 class Critic(Protocol):
     """What the loop needs of a critic."""
 
-    shares_trunk: bool
-    """Whether it reads the policy's hidden states."""
-
     @property
     def module(self) -> nn.Module | None:
         """What optimizer and checkpoint take beside the policy; None where it is all the
@@ -81,7 +78,6 @@ class Critic(Protocol):
 class TrunkCritic:
     """The policy's value head."""
 
-    shares_trunk = True
     module = None
 
     def __init__(self, policy: Policy) -> None:
@@ -123,8 +119,6 @@ class OwnCritic(nn.Module):
         trunk: a causal `transformers` base model with packed attention.
         head: [N, H] -> fp32 [N].
     """
-
-    shares_trunk = False
 
     def __init__(self, trunk: Any, head: nn.Module) -> None:
         super().__init__()

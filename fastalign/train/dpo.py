@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,26 +144,22 @@ class Trainee:
     def device(self) -> torch.device:
         return self.policy.head_weight.device
 
-    def parts(
-        self, examples: Examples, micros: Iterable[Micro], z0: Tensor | None
-    ) -> Iterator[Part]:
-        """The forward passes of a batch, one after the other."""
-        for micro in micros:
-            chosen = micro.rows
-            rows = examples.rows(chosen)
-            packed = examples.responses.pack(rows).to(self.device)
-            inputs = dict[str, Any]()
-            if "ref_logp" in self.loss.required:
-                inputs["ref_logp"] = ref_logprobs(
-                    self.reference, examples.responses, rows, packed, self.config.dtype
-                )
-            if self.loss.flags_name is not None:
-                assert examples.flags is not None
-                inputs[self.loss.flags_name] = examples.flags[chosen].to(self.device)
-            if z0 is not None:
-                inputs["z0"] = z0
-            bounds = examples.responses.bounds(rows)
-            yield Part(chosen, packed, bounds, inputs, micro.counts)
+    def part(self, examples: Examples, micro: Micro, z0: Tensor | None) -> Part:
+        """What a forward pass reads; a live reference has read it then."""
+        chosen = micro.rows
+        rows = examples.rows(chosen)
+        packed = examples.responses.pack(rows).to(self.device)
+        inputs = dict[str, Any]()
+        if "ref_logp" in self.loss.required:
+            inputs["ref_logp"] = ref_logprobs(
+                self.reference, examples.responses, rows, packed, self.config.dtype
+            )
+        if self.loss.flags_name is not None:
+            assert examples.flags is not None
+            inputs[self.loss.flags_name] = examples.flags[chosen].to(self.device)
+        if z0 is not None:
+            inputs["z0"] = z0
+        return Part(chosen, packed, examples.responses.bounds(rows), inputs, micro.counts)
 
     def forward(self, part: Part, normalizer: float) -> tuple[ops.LossOutput, Tensor]:
         """The sum of the examples' losses over the normalizer, and the hidden states."""
@@ -279,7 +274,8 @@ def evaluate(trainee: Trainee, examples: Examples) -> dict[str, float]:
     total, parts = 0.0, list[dict[str, Tensor]]()
     passes = token_budget_batches(examples.lengths, trainee.config.micro_tokens)
     z0 = trainee.baseline(examples, everything)
-    for part in trainee.parts(examples, map(Micro, passes), z0):
+    for rows in passes:
+        part = trainee.part(examples, Micro(rows), z0)
         out, _ = trainee.forward(part, len(examples))
         total += float(out.loss)
         bounds = part.bounds.to(trainee.device)
@@ -369,18 +365,20 @@ def train(config: DPOConfig) -> Path:
         for step in range(start + 1, len(schedule) + 1):
             batch = schedule[step - 1]
             rows = examples.rows(batch)
-            with run.meter.phase("reference" if trainee.looks_up else "update"):
+            means, total = Means(), torch.zeros((), device=device)
+            beside = "reference" if trainee.looks_up else "update"
+            with run.meter.phase(beside):
                 z0 = trainee.baseline(examples, batch)
-                micros = distributed.micros(policy, batch, examples.lengths, config.micro_tokens)
-                parts = trainee.parts(examples, micros, z0)
                 run.meter.count(flops=trainee.reference_flops(examples, rows))
-            with run.meter.phase("update"):
-                means, total = Means(), torch.zeros((), device=device)
-                for part in parts:
+            for micro in distributed.micros(policy, batch, examples.lengths, config.micro_tokens):
+                with run.meter.phase(beside):
+                    part = trainee.part(examples, micro, z0)
+                with run.meter.phase("update"):
                     out, hidden = trainee.forward(part, len(batch))
                     out.loss.backward()
                     total += out.loss.detach()
                     statistics(means, out, examples, part)
+            with run.meter.phase("update"):
                 distributed.total(total)
                 metrics = {"loss": float(total)} | means.metrics()
                 if z0 is not None:

@@ -111,7 +111,9 @@ class DT(FromLabels):
         if self.config.targets:
             with run.meter.phase("evaluate"):
                 found = [self.achieved(target, run.meter) for target in self.config.targets]
-            (run.folder / "targets.json").write_text(strict_json.dumps(found, indent=2) + "\n")
+            if run.is_main:
+                text = strict_json.dumps(found, indent=2) + "\n"
+                (run.folder / "targets.json").write_text(text)
 
     @torch.no_grad()
     def achieved(self, target: float, meter: Meter) -> dict[str, float]:

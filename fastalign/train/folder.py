@@ -5,7 +5,8 @@ run folder/
   metrics.jsonl    one JSON object a line
   checkpoints/     step-000100/ ...
   accounting.json  what it cost by phase, written when it ends or is stopped
-  reference/       log-probs of the reference, of methods that keep them
+  reference/       log-probs of the reference, of preference losses that keep them
+  computed/        rewards and log-probs of given responses, of the methods that learn from these
   model/           what came out, written at the end
 """
 

@@ -23,6 +23,7 @@ from fastalign.models import Policy, load_tokenizer
 from fastalign.models.flops import forward_flops
 from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.rollout import Rollout
+from fastalign.train import distributed
 from fastalign.train.kept import Kept, key_of
 from fastalign.train.meter import Meter
 from fastalign.train.reward_source import RewardSource, make_reward
@@ -245,7 +246,7 @@ class FromLabels(Supervised):
         self.data, self.facts = data, facts
 
     def begin(self, run: Run, new: bool) -> None:
-        self.data.kept.write()
+        distributed.on_main(self.data.kept.write)
         self.data.meter.stop()
         if new:
             run.meter.absorb(self.data.meter)

@@ -358,6 +358,10 @@ def train(config: OnlineConfig, method: Method) -> Path:
                     evaluations.after = judged()
                 run.log(step, "eval", evaluations.after.numbers)
             run.end_step(step, last=last)
+        if evaluations.after is None:  # the checkpoint is of the last step only now
+            with run.meter.phase("evaluate"):
+                evaluations.after = judged()
+            run.log(run.step, "eval", evaluations.after.numbers)
         with run.saving_model() as folder:
             whole = distributed.unsharded(policy)
             if isinstance(whole, Policy):
