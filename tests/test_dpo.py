@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,18 @@ def test_precomputed_is_live(model, data, tmp_path, loss):
             if isinstance(value, float) and not key.endswith(("accuracies", "ci95", "flops")):
                 assert theirs[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
     assert not (tmp_path / "live" / "reference").exists()
+
+
+def test_what_a_live_reference_takes_is_its_phase_s(model, data, tmp_path, monkeypatch):
+    plain = dpo.ref_logprobs
+
+    def slow(*args):
+        time.sleep(0.2)
+        return plain(*args)
+
+    monkeypatch.setattr(dpo, "ref_logprobs", slow)
+    dpo.train(config(tmp_path / "run", model, data, reference="live"))
+    assert all(line["time/reference"] > 0.2 for line in lines_of(tmp_path / "run", "train"))
 
 
 def test_kept_log_probs_are_read_back_by_their_key(model, data, write, tmp_path, caplog):

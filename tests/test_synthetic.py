@@ -247,10 +247,11 @@ def test_deterministic():
     """The same on every machine and in every process: pinned by a digest of the text."""
     records: list = TASK.completions(50) + TASK.preferences(50)
     records += TASK.preferences(50, "test") + TASK.prompts(50)
-    text = json.dumps([vars(record) for record in records], sort_keys=True)
+    said = [{k: v for k, v in vars(record).items() if v is not None} for record in records]
+    text = json.dumps(said, sort_keys=True)
     again = SyntheticTask().completions(50) + SyntheticTask().preferences(50)
     assert again == records[:100]
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9806e179edbdfa6b"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "40aad5ed6eda650a"
 
 
 def test_more_items_begin_with_the_fewer():

@@ -43,6 +43,7 @@ TRAIN |= {"tokens_per_s/trained", "flops", "flops_per_s", "utilisation", "time/u
 REWARDS = {"reward/proxy", "reward/proxy_std", "reward/gold", "reward/gold_std"}
 POLICY = REWARDS | {"kl/k1", "kl/k3", "entropy", "length", "finished", "reward/disagreement"}
 HEADS = {"reward/head_0", "reward/head_1", "reward/head_2"}
+GUARDS = {"repeats", "distinct", "reward/zero_std", "kl/k1_stderr"}
 PHASES = {"time/generate", "time/score", "time/reference", "time/value"}
 COMPARED = {"reward/proxy", "reward/gold", "kl/k1", "kl/k3", "length", "finished"}
 ERRORS = {f"{name}_stderr" for name in COMPARED}
@@ -57,6 +58,7 @@ KEYS = {
     ("apa", "train"): TRAIN
     | POLICY
     | HEADS
+    | GUARDS
     | PHASES
     | {"loss/policy", "loss/value", "value/explained_variance", "advantage/std"}
     | {"policy/residual", "policy/ref_k1", "policy/ref_k3", "sampling_gap"},
