@@ -120,6 +120,18 @@ def test_op_table() -> None:
         assert cells[0] == "yes" and f"def {op}_reference" in hub or "token_" in op
 
 
+def test_method_table() -> None:
+    """One row for each method that trains, with the paper its code names."""
+    rows = re.findall(r"^\| (`train .*?) \| .* \| (.*) \|$", README, re.MULTILINE)
+    methods = {name: text for cell, text in rows for name in re.findall("`(.*?)`", cell)}
+    assert set(methods) == {name for name in cli.COMMANDS if name.startswith("train ")}
+    for command, text in methods.items():
+        code = (ROOT / (cli.COMMANDS[command][0].replace(".", "/") + ".py")).read_text()
+        code += "".join(p.read_text() for p in (ROOT / "fastalign/losses").glob("*.py"))
+        for paper in re.findall(r"\[(\d{4}\.\d{5})\]\(https://arxiv.org/abs/\1\)", text):
+            assert paper in code, (command, paper)
+
+
 def test_named_losses_are_all_there_are() -> None:
     line = re.search(r"The losses of `fa.losses` are (.*?)\.\s", README, re.DOTALL)
     assert line is not None
@@ -175,10 +187,11 @@ def test_the_road_on_ones_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "train reward": "",
         "train apa": "--steps 1 --prompts_per_step 2 --sampling.max_new_tokens 4 --eval_samples 2",
         "report": "",
+        "evaluate": "--samples 1 --sampling.max_new_tokens 4 --limit 4",
     }
     cut = {"--lines": "0:32", "--eval_lines": "32:40"}
     written = []
-    for line in FASTALIGN[:4]:
+    for line in FASTALIGN[:5]:
         words = shlex.split(line)[1:]
         for place, word in enumerate(words[:-1]):
             if word in cut:
@@ -187,6 +200,8 @@ def test_the_road_on_ones_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         cli.main([*words, *small[name].split()])
         written.append(name)
     assert written == list(small)
+    judged = json.loads((tmp_path / "runs/evaluation/evaluation.json").read_text())
+    assert judged["n_prompts"] == 4 and judged["n_samples"] == 1
     table = README.split("What a run writes into its folder:")[1].split("## ")[0]
     for name in re.findall(r"`([\w.]+(?:json|jsonl|yaml|html|/))`", table):
         folder = tmp_path / "runs/mine" / ("" if name == "report.html" else "apa")
@@ -222,4 +237,6 @@ def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert len(links) >= 4
     for link in links:
+        if link.startswith("https://arxiv.org/abs/"):
+            continue
         assert (ROOT / link).is_file(), link

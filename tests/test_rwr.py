@@ -1,5 +1,6 @@
 """Reward-weighted regression: weights, their effective sample size, the loss of a step."""
 
+import json
 import logging
 
 import pytest
@@ -77,6 +78,23 @@ def test_few_that_count_are_warned_of(road, tmp_path, caplog):
     caplog.clear()
     rwr.train(small(RWRConfig, tmp_path / "many", road, beta=9.0, epochs=1, limit=6))
     assert not [r for r in caplog.records if "effective sample size is" in r.message]
+
+
+def test_given_responses_without_held_out_ones(road, tmp_path, caplog):
+    """A file of one's own, all of it trained on: nothing to evaluate, and the weights are right."""
+    rewards = [0.0, 1.0, 2.0, 5.0]
+    records = [
+        {"prompt": f"Say {i}.", "completion": f" It is {i}.", "reward": r}
+        for i, r in enumerate(rewards)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    data = str(tmp_path / "own.jsonl")
+    caplog.set_level(logging.INFO, "fastalign")
+    rwr.train(small(RWRConfig, tmp_path / "run", road, data=data, reward=None, limit=None))
+    z = (torch.tensor(rewards) - 2) / torch.tensor(rewards).std()
+    assert f"effective sample size {ess(z.exp()):.1f}" in caplog.text
+    assert lines_of(tmp_path / "run", "eval") == []
+    assert lines_of(tmp_path / "run", "train")[-1]["loss"] > 0
 
 
 def test_resumed_is_the_same_run(road, tmp_path, monkeypatch):

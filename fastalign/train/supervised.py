@@ -106,7 +106,7 @@ class Samples:
 
     def per_token(self, values: Tensor) -> Tensor:
         """[S] -> [N]: the value of a response at each of its tokens."""
-        return values.repeat_interleave(torch.tensor(self.response_lengths))
+        return values.repeat_interleave(torch.tensor(self.response_lengths, dtype=torch.long))
 
 
 def packed(examples: Sequence[TokenizedCompletion]) -> Packed:
