@@ -244,3 +244,131 @@ def test_the_baseline_must_have_the_same_tokenizer(
         *["--reward", road / "reward" / "model", "--output", tmp_path / "e"],
     )
     assert status == 2 and "different tokenizers" in err
+
+
+def strict(path: Path) -> Any:
+    """JSON without NaN and Infinity."""
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
+
+
+@pytest.fixture
+def functions(tmp_path: Path) -> str:
+    path = tmp_path / "my.py"
+    path.write_text(
+        "def short(prompts, responses):\n"
+        "    return [-float(len(r)) for r in responses]\n"
+        "def vowels(prompts, responses):\n"
+        "    return [sum(r.count(v) for v in 'aeiou') for r in responses]\n"
+    )
+    return str(path)
+
+
+def test_a_function_is_reward_enough(
+    road: Path, tmp_path: Path, functions: str, write: Any, capsys: Any
+) -> None:
+    """One prompt, not of the built-in task: no ensemble, no gold, no standard error."""
+    data = write({"prompt": "Say it."})
+    common = ["--reward", f"{functions}:short", "--prompts", data, "--sampling.max_new_tokens", 6]
+    out = tmp_path / "evaluation"
+    argv = ["evaluate", "--policy", road / "apa" / "model", "--baseline", road / "sft" / "model"]
+    argv += ["--judge", f"{functions}:vowels", "--samples", 1, *common, "--output", out]
+    status, _, err = fastalign(capsys, *argv)
+    assert status == 0, err
+    found = strict(out / "evaluation.json")
+    assert found["proxy"] == "my.short" and found["judge"]["proxy"] == "my.vowels"
+    assert set(found["win_rate"]) == {"reward/proxy", "reward/held_out"}
+    assert found["win_rate"]["reward/proxy"]["stderr"] is None and found["n_prompts"] == 1
+    (line,) = lines(out / "samples.jsonl")
+    for side in ("before", "after"):
+        text = line[side]
+        assert found[side]["reward/proxy"] == -len(text)
+        assert found[side]["reward/held_out"] == sum(text.count(v) for v in "aeiou")
+        assert not any(v is None for v in found[side].values())
+        assert not any(name.endswith(("_stderr", "_std")) for name in found[side])
+    assert found["change_stderr"] == {}
+
+    best_folder = tmp_path / "best"
+    argv = ["bestofn", "--policy", road / "sft" / "model", "--n", 4, "--curve", "true", *common]
+    status, _, err = fastalign(capsys, *argv, "--output", best_folder)
+    assert status == 0, err
+    curve = strict(best_folder / "curve.json")
+    samples = lines(best_folder / "samples.jsonl")
+    lengths = [len(r["completion"]) for r in samples]
+    assert curve["reward"][3] == -min(lengths) and "reward_stderr" not in curve
+    assert curve["reward"][0] == pytest.approx(-sum(lengths) / 4)
+    assert "heads" not in samples[0] and "gold" not in samples[0]
+
+
+def test_what_it_took_and_who_is_who(road: Path, tmp_path: Path, functions: str) -> None:
+    config = evaluate.EvaluateConfig(
+        policy=str(road / "apa" / "model"),
+        baseline=str(road / "sft" / "model"),
+        reward=f"{functions}:short",
+        output=str(tmp_path / "evaluation"),
+        limit=2,
+        samples=2,
+        sampling=SHORT,
+    )
+    folder = evaluate.run(config)
+    found, cost = strict(folder / "evaluation.json"), strict(folder / "accounting.json")
+    assert found["names"] == {"before": "sft", "after": "apa"}
+    page = (folder / "report.html").read_text()
+    assert "<h1>apa against sft: gold reward" in page and "What it cost" in page
+    assert "POLICY" not in page and "SFT" not in page and "KL to baseline" in page
+    drawn = 0
+    for name in ("sft", "apa"):
+        answers = Answers(AnswersConfig(str(road / name / "model"), limit=2, sampling=SHORT))
+        drawn += sum(len(r.prompt + r.completion) for chunk in answers.draw(2) for r in chunk)
+    assert found["tokens"] == cost["phases"]["generate"]["tokens"] == drawn
+    seconds = found["seconds"]
+    assert seconds["generate"] > 0 and seconds["score"] > 0 and seconds["reference"] > 0
+    parts = [value for name, value in seconds.items() if name != "total"]
+    assert seconds["total"] == pytest.approx(sum(parts)) and cost["method"] == "evaluate"
+    curve_folder = bestofn.run(best(road, tmp_path / "best"))
+    curve, records = strict(curve_folder / "curve.json"), lines(curve_folder / "samples.jsonl")
+    assert curve["seconds"]["generate"] > 0 and curve["seconds"]["score"] > 0
+    assert curve["tokens"] > sum(r["tokens"] for r in records)  # prompts count too
+    assert strict(curve_folder / "accounting.json")["method"] == "bestofn"
+
+
+@pytest.mark.parametrize(
+    "policy, baseline, expected",
+    [
+        ("runs/apa/model", "runs/sft/model", ["apa", "sft"]),
+        ("runs/apa/model", "Qwen/Qwen3-0.6B", ["runs/apa/model", "Qwen/Qwen3-0.6B"]),
+        ("runs/x", "runs/x/model", ["x", "x/model"]),
+        ("runs/x", "runs/x", ["runs/x", "runs/x"]),
+    ],
+)
+def test_names(policy: str, baseline: str, expected: list[str]) -> None:
+    assert evaluate.names(policy, baseline) == expected
+
+
+def test_kl_that_is_not_finite(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, functions: str
+) -> None:
+    """A token that the baseline never gives: k1 is infinite. It is null, and the rest is told."""
+    plain = Policy.logprobs
+
+    def logprobs(self: Policy, *args: Any, **options: Any) -> Any:
+        logp, entropy = plain(self, *args, **options)
+        logp = logp.clone()
+        logp[0] = -torch.inf
+        return logp, entropy
+
+    monkeypatch.setattr(Policy, "logprobs", logprobs)
+    config = evaluate.EvaluateConfig(
+        policy=str(road / "apa" / "model"),
+        baseline=str(road / "sft" / "model"),
+        reward=f"{functions}:short",
+        output=str(tmp_path / "evaluation"),
+        limit=2,
+        samples=2,
+        sampling=SHORT,
+    )
+    folder = evaluate.run(config)
+    found = strict(folder / "evaluation.json")
+    assert found["after"]["kl/k1"] is found["after"]["kl/exact"] is None
+    assert found["after"]["entropy"] > 0 and found["after"]["reward/proxy"] < 0
+    assert "1 of 4 answers have tokens that are impossible to one of the models" in caplog.text
+    assert "at — nats" not in (folder / "report.html").read_text()

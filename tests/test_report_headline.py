@@ -17,6 +17,7 @@ from made_runs import (
 
 from fastalign.report import before_after_table, headline
 from fastalign.report.compare import checks, number
+from fastalign.report.figure import as_text
 
 
 def test_headline_that_rose() -> None:
@@ -118,3 +119,15 @@ def test_checks() -> None:
         "Unfinished responses",
         "Same answer to everything",
     }
+
+
+def test_models_with_names_go_by_them() -> None:
+    named = {**EVALUATION, "names": {"before": "runs/a", "after": "runs/$b$"}}
+    assert headline(named).startswith(
+        "runs/$b$ against runs/a: gold reward rose from 0.412 to 1.842 (+1.430 ± 0.098 at 95%, "
+        "+1.30 SD of runs/a's rewards) at 8.41 nats per response of KL from runs/a."
+    )
+    titles = [column.header for column in before_after_table(named).columns]
+    assert [str(title) for title in titles[2:4]] == ["runs/a", "runs/$b$"]
+    assert headline({**EVALUATION, "names": ["a", "b"]}) == headline(EVALUATION)
+    assert as_text("runs/$b$") == r"runs/\$b\$"  # in a figure $b$ would be a formula

@@ -5,6 +5,7 @@ The folder it writes:
     samples.jsonl    every answer with its reward
     selected.jsonl   the best answer to each prompt, which `train sft` or `train mle` imitate
     curve.json       expected reward of best-of-n for every n up to N, unbiased, with its KL
+    accounting.json  seconds by phase and tokens; of a resumed run, those since it was resumed
     best_of_n.svg, best_of_n.png   the same as a picture (--curve)
 
 The expected reward of the best of n is an average over all subsets of n of the N answers (the
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.commands.answers import Answers, AnswersConfig, read_lines, write_lines
+from fastalign.commands.answers import Answers, AnswersConfig, account, read_lines, write_lines
 from fastalign.data import source
 from fastalign.models import load_tokenizer
 from fastalign.theory import best_of_n_curve, best_of_n_kl_bound, best_of_n_kl_estimate
@@ -84,12 +85,14 @@ def run(config: BestOfNConfig) -> Path:
     if config.overwrite:
         clear_folder(folder)
     write_config(folder, config)
+    answers.meter.start()
     records = sample(config, answers, rewards, folder)
     proxy = table(records, config.n, "reward")
     best = proxy.argmax(1).tolist()
     selected = [{**records[i * config.n + k], "n": config.n} for i, k in enumerate(best)]
     write_lines(folder / SELECTED, [{k: v for k, v in r.items() if k != "i"} for r in selected])
     found = curve(records, config.n)
+    found |= account(folder, "bestofn", answers.meter)
     found |= {
         "prompts": len(best),
         "samples": config.n,
@@ -125,7 +128,8 @@ def sample(
     for rollouts in answers.draw(config.n, first=whole):
         prompts = [answers.prompt(r).text for r in rollouts]
         texts = [answers.text(r) for r in rollouts]
-        scored = rewards.score(rollouts, prompts, texts)
+        with answers.meter.phase("score"):
+            scored = rewards.score([answers.plain(r) for r in rollouts], prompts, texts)
         new = []
         for i, rollout in enumerate(rollouts):
             more: dict[str, Any] = {"reward": scored.total[i].item()}

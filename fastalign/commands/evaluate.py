@@ -15,6 +15,7 @@ vocabulary at every state that was visited and so has the least variance.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastalign import ops, theory
-from fastalign.commands.answers import Answers, AnswersConfig
+from fastalign.commands.answers import Answers, AnswersConfig, account, is_conditional
 from fastalign.data import source
 from fastalign.data.packing import pack, token_budget_batches
 from fastalign.models import Policy, load_tokenizer
@@ -41,6 +42,7 @@ from fastalign.train.evaluate import (
     versions,
 )
 from fastalign.train.experience import spread
+from fastalign.train.meter import Meter
 from fastalign.train.reward_source import RewardSource, Scored, make_reward
 from fastalign.train.run import (
     at_least,
@@ -48,6 +50,7 @@ from fastalign.train.run import (
     choose_device,
     claim_folder,
     clear_folder,
+    forward_dtype,
     write_config,
 )
 
@@ -89,6 +92,7 @@ class Measured:
 
     answers: Answers
     rollouts: list[Rollout]
+    texts: list[str]
     scored: Scored
     columns: dict[str, Tensor]  # float64 [S], by metric
 
@@ -103,19 +107,27 @@ def run(config: EvaluateConfig) -> Path:
     rewards = make_reward(config, tokenizer, device)
     judge = None
     if config.judge is not None:
-        asked = replace(config, reward=config.judge, statistic=None, coef=None)
-        judge = make_reward(asked, tokenizer, device)
+        judged = replace(config, reward=config.judge, statistic=None, coef=None)
+        judge = make_reward(judged, tokenizer, device)
     room = min(rewards.max_length, judge.max_length if judge else rewards.max_length)
-    policy = Answers(config, room=room)
-    baseline = Answers(config, config.baseline, room=min(room, policy.policy.max_length))
+    # A target is for those that can be asked for it: one of the two is enough.
+    asked, baseline_asked = config, config
+    if not is_conditional(config.baseline):
+        baseline_asked = replace(config, target_reward=None)
+    elif not is_conditional(config.policy):
+        asked = replace(config, target_reward=None)
+    meter = Meter(device, forward_dtype(device, config.dtype))
+    policy = Answers(asked, room=room, meter=meter)
+    baseline = Answers(baseline_asked, config.baseline, room=policy.context, meter=meter)
     if len(policy.prompts) != len(baseline.prompts):
-        policy = Answers(config, room=min(room, baseline.policy.max_length))
+        policy = Answers(asked, room=baseline.context, meter=meter)
     if config.overwrite:
         clear_folder(folder)
     write_config(folder, config)
 
+    meter.start()
     before = measure(config, baseline, rewards, judge, None)
-    after = measure(config, policy, rewards, judge, baseline.policy)
+    after = measure(config, policy, rewards, judge, baseline)
     evaluations = Evaluations()
     evaluations.before, evaluations.after = (
         summarise(before, config.samples),
@@ -126,6 +138,7 @@ def run(config: EvaluateConfig) -> Path:
             file.write(strict_json.dumps({"step": step, "phase": "eval", **one.numbers}) + "\n")
     facts = {
         "method": "policy",
+        "names": dict(zip(("before", "after"), names(config.baseline, config.policy), strict=True)),
         **rewards.describe(),
         "judge": judge.describe() if judge else None,
         "win_rate": {
@@ -139,10 +152,23 @@ def run(config: EvaluateConfig) -> Path:
         "machine": machine(device),
         "versions": versions(),
         "command": command_line(),
+        **account(folder, "evaluate", meter),
     }
     evaluations.write(folder, facts)
     conclude(folder)
     return folder
+
+
+def names(*models: str) -> list[str]:
+    """What tells two models' folders apart: sft and apa, of runs/sft/model and runs/apa/model."""
+    if len(set(models)) == 1:
+        return list(models)
+    parts = [list(Path(model).parts) for model in models]
+    for end in (-1, 0):
+        while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
+            for part in parts:
+                part.pop(end)
+    return [str(Path(*part)) for part in parts]
 
 
 def measure(
@@ -150,44 +176,62 @@ def measure(
     answers: Answers,
     rewards: RewardSource,
     judge: RewardSource | None,
-    reference: Policy | None,
+    reference: Answers | None,
 ) -> Measured:
     """Draws `config.samples` answers to each prompt and measures them.
 
     Args:
         reference: what KL is measured to; None for the model that is the reference itself.
     """
-    rollouts = [r for chunk in answers.draw(config.samples) for r in chunk]
+    drawn = [r for chunk in answers.draw(config.samples) for r in chunk]
+    rollouts = [answers.plain(r) for r in drawn]
     prompts = [answers.prompt(r).text for r in rollouts]
-    texts = [answers.text(r) for r in rollouts]
-    scored = rewards.score(rollouts, prompts, texts)
-    entropy, kl = per_token(config, answers.policy, rollouts, reference)
-    lengths = torch.tensor([len(r.completion) for r in rollouts])
+    texts = [answers.text(r) for r in drawn]
+    with answers.meter.phase("score"):
+        scored = rewards.score(rollouts, prompts, texts)
+        held_out = None if judge is None else judge.score(rollouts, prompts, texts).total
+    with answers.meter.phase("reference"):
+        if reference is None:
+            entropy, kl = per_token(config, answers.policy, drawn)
+        else:
+            ref_prompts = [reference.conditioned(r.prompt) for r in rollouts]
+            entropy, kl = per_token(config, answers.policy, drawn, reference.policy, ref_prompts)
+    drawn_lengths = torch.tensor([len(r.completion) for r in drawn])
     columns: dict[str, Tensor] = {
         "reward/proxy": scored.total,
         **{f"kl/{name}": values for name, values in kl.items()},
-        "length": lengths,
+        "length": torch.tensor([len(r.completion) for r in rollouts]),
         "finished": torch.tensor([r.finished for r in rollouts]),
-        "entropy": segment_sums(entropy, lengths) / lengths,
+        "entropy": segment_sums(entropy, drawn_lengths) / drawn_lengths,
     }
     gold = source.gold_for(config.prompts)
     if gold is not None:
         values = [gold(p, t) for p, t in zip(prompts, texts, strict=True)]
         columns["reward/gold"] = torch.tensor(values, dtype=torch.float64)
-    if judge is not None:
-        columns["reward/held_out"] = judge.score(rollouts, prompts, texts).total
+    if held_out is not None:
+        columns["reward/held_out"] = held_out
     if scored.scores is not None and scored.scores.shape[1] > 1:
         columns["reward/disagreement"] = scored.scores.std(1)
-    return Measured(answers, rollouts, scored, {k: v.double() for k, v in columns.items()})
+    columns = {name: values.double() for name, values in columns.items()}
+    return Measured(answers, rollouts, texts, scored, columns)
 
 
 @torch.no_grad()
 def per_token(
-    config: EvaluateConfig, policy: Policy, rollouts: list[Rollout], reference: Policy | None
+    config: EvaluateConfig,
+    policy: Policy,
+    rollouts: list[Rollout],
+    reference: Policy | None = None,
+    ref_prompts: list[list[int]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Entropy of every token's distribution, [N], and KL of every answer to the reference, [S]."""
+    """Entropy of every token's distribution, [N], and KL of every answer to the reference, [S].
+
+    Args:
+        ref_prompts: of each answer, as the reference reads them; the policy's by default.
+    """
     device = policy.head_weight.device
     sequences = [r.prompt + r.completion for r in rollouts]
+    ref_prompts = ref_prompts or [r.prompt for r in rollouts]
     sizes = [len(r.completion) for r in rollouts]
     parts: list[Tensor] = [torch.empty(0)] * len(rollouts)
     for batch in token_budget_batches([len(s) for s in sequences], config.micro_tokens):
@@ -211,9 +255,13 @@ def per_token(
             )
             rows = [logp, entropy]
             if reference is not None:
-                ref_hidden = reference.response_hidden(packed)
+                asked = pack(
+                    [ref_prompts[i] + rollouts[i].completion for i in batch],
+                    [len(ref_prompts[i]) for i in batch],
+                ).to(device)
+                ref_hidden = reference.response_hidden(asked)
                 ref_weight = reference.head_weight.to(hidden.dtype)
-                rows.append(reference.logprobs(packed, temperature=options["temperature"])[0])
+                rows.append(reference.logprobs(asked, temperature=options["temperature"])[0])
                 rows.append(
                     ops.linear_kl(
                         hidden,
@@ -234,20 +282,25 @@ def per_token(
     if reference is None:
         nothing = torch.zeros(len(rollouts), dtype=torch.float64)
         return rows_[1], {"k1": nothing, "k3": nothing, "exact": nothing}
-    kl = theory.policy_kl(rows_[0], rows_[2], rows_[3], cu_seqlens=bounds)
+    finite = rows_.isfinite().all(0)
+    logp, _, ref_logp, token_kl = rows_.where(finite, 0.0)
+    kl = theory.policy_kl(logp, ref_logp, token_kl, cu_seqlens=bounds)
     assert kl.rao_blackwell is not None
-    return rows_[1], {
-        "k1": kl.k1.values,
-        "k3": kl.k3.values,
-        "exact": kl.rao_blackwell.values,
-    }
+    lost = segment_sums(~finite, torch.tensor(sizes)) > 0
+    if lost.any():
+        log.warning(
+            "%d of %d answers have tokens that are impossible to one of the models, or on which "
+            "one fails: no KL is reported",
+            *(int(lost.sum()), len(rollouts)),
+        )
+    found_kl = {"k1": kl.k1, "k3": kl.k3, "exact": kl.rao_blackwell}
+    return rows_[1], {k: one.values.masked_fill(lost, math.nan) for k, one in found_kl.items()}
 
 
 def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums [N] over answers of these lengths, [S]."""
-    padded = torch.cat([values.new_zeros(1).double(), values.double().cumsum(0)])
-    ends = lengths.cumsum(0)
-    return padded[ends] - padded[ends - lengths]
+    """Sums [N] over answers of these lengths, [S], in float64."""
+    answer = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return torch.zeros(len(lengths)).double().index_add(0, answer, values.double())
 
 
 def summarise(found: Measured, n_samples: int) -> Evaluation:
@@ -273,10 +326,8 @@ def summarise(found: Measured, n_samples: int) -> Evaluation:
             for name, values in columns.items()
             if name in ("reward/proxy", "reward/gold")
         }
-        text = found.answers.text(rollout)
-        shown.append(
-            {"prompt": found.answers.prompt(rollout).text, "response": text, "reward": reward}
-        )
+        prompt = found.answers.prompt(rollout).text
+        shown.append({"prompt": prompt, "response": found.texts[i], "reward": reward})
     return Evaluation(numbers, by_prompt, shown)
 
 

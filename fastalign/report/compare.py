@@ -4,7 +4,8 @@ A change d = after - before has the standard error of the differences prompt by 
 ``change_stderr``: both sides answer the same prompts. Where it was not recorded it is
 sqrt(se_before^2 + se_after^2), as if they were different ones, which errs on the careful side. A
 change counts as real when |d| > 1.96 of it. The effect size is d over the standard deviation of the
-SFT model's rewards, which does not depend on the reward's unit.
+SFT model's rewards, which does not depend on the reward's unit. Where ``names`` were recorded,
+{"before": .., "after": ..}, the models go by these and not by SFT and the method.
 """
 
 from __future__ import annotations
@@ -96,9 +97,23 @@ def with_error(value: float | None, error: float | None, sign: bool = False) -> 
     return text if not error or text == "—" else f"{text} ± {number(error, error)}"
 
 
+def names_of(evaluation: dict[str, Any] | None) -> tuple[str, str | None]:
+    """Of the models before and after, as recorded; else SFT, and nothing."""
+    recorded = (evaluation or {}).get("names")
+    if not isinstance(recorded, dict) or not {"before", "after"} <= recorded.keys():
+        return "SFT", None
+    return str(recorded["before"]), str(recorded["after"])
+
+
+def reference_of(evaluation: dict[str, Any] | None) -> str:
+    """What KL is measured to, in a word that fits a table: SFT, or baseline for one with a name."""
+    return "SFT" if names_of(evaluation)[1] is None else "baseline"
+
+
 def comparison_rows(evaluation: dict[str, Any]) -> list[Row]:
     """The rows of the before/after table, for what was recorded on either side."""
     statistic = str(evaluation.get("proxy", "ensemble"))
+    base = reference_of(evaluation)
     wanted = (
         ("reward/gold", "Gold reward", "reward", "the true reward, never seen in training"),
         ("reward/held_out", "Held-out reward model", "reward", "a reward model not trained on"),
@@ -108,16 +123,16 @@ def comparison_rows(evaluation: dict[str, Any]) -> list[Row]:
             "reward",
             "the ensemble statistic that was maximised",
         ),
-        ("kl/k1", "KL to SFT, k1", "nats / response", "mean of log π/π_SFT; unbiased"),
+        ("kl/k1", f"KL to {base}, k1", "nats / response", f"mean of log π/π_{base}; unbiased"),
         (
             "kl/k3",
-            "KL to SFT, k3",
+            f"KL to {base}, k3",
             "nats / response",
-            "mean of r − 1 − log r, r = π_SFT/π; never negative",
+            f"mean of r − 1 − log r, r = π_{base}/π; never negative",
         ),
         (
             "kl/exact",
-            "KL to SFT, exact per token",
+            f"KL to {base}, exact per token",
             "nats / response",
             "summed over the vocabulary at every state visited; least variance",
         ),
@@ -172,11 +187,16 @@ def sentences(evaluation: dict[str, Any]) -> list[str]:
     if not measured:
         return ["No reward was measured before and after training."]
     row, name = rows[measured[0]], dict(REWARDS)[measured[0]]
+    base, named = names_of(evaluation)
+    if named is None:
+        base = "the SFT model"
+    else:
+        name = f"{named} against {base}: {name.lower()}"
     kl = rows.get("kl/k1")
     at = ""
     if kl is not None and kl.after is not None:
-        at = f" at {number(kl.after, kl.after_se)} nats per response of KL from the SFT model"
-    said = [f"{name} {_moved(row)}{at}."]
+        at = f" at {number(kl.after, kl.after_se)} nats per response of KL from {base}"
+    said = [f"{name} {_moved(row, base)}{at}."]
     won = (evaluation.get("win_rate") or {}).get(row.key)
     if won is not None:
         margin = ""
@@ -191,7 +211,7 @@ def sentences(evaluation: dict[str, Any]) -> list[str]:
     elif proxy is not None and proxy.verdict == "rose" and row.verdict in ("fell", "within noise"):
         price = "at the expense of the goal" if row.verdict == "fell" else "only"
         said.append(
-            f"The proxy reward {_moved(proxy)}: the policy pleased the reward model {price}."
+            f"The proxy reward {_moved(proxy, base)}: the policy pleased the reward model {price}."
         )
     return said
 
@@ -212,8 +232,9 @@ def before_after_table(evaluation: dict[str, Any]) -> Table:
     )
     table.add_column("Measure", no_wrap=True)
     table.add_column("Unit", style="dim", no_wrap=True)
-    after = str(evaluation.get("method", "after")).upper()
-    for column in ("SFT", Text(after), "Change"):
+    base, named = names_of(evaluation)
+    after = named or str(evaluation.get("method", "after")).upper()
+    for column in (Text(base), Text(after), "Change"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in comparison_rows(evaluation):
         before, became, _, effect, _ = cells_of(row)
@@ -305,11 +326,9 @@ def checks(evaluation: dict[str, Any], samples: Sequence[dict[str, Any]]) -> lis
     return found
 
 
-def _moved(row: Row) -> str:
+def _moved(row: Row, base: str) -> str:
     effect = (
-        ""
-        if row.effect is None
-        else f"{number(row.effect, 0.1, sign=True)} SD of the SFT model's rewards"
+        "" if row.effect is None else f"{number(row.effect, 0.1, sign=True)} SD of {base}'s rewards"
     )
     error = row.change_se
     before, after = number(row.before, row.before_se), number(row.after, row.after_se)

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastalign.report.compare import Z95, comparison_rows
+from fastalign.report.compare import Z95, comparison_rows, names_of
 from fastalign.report.read import POLICY_METHODS, Run
 from fastalign.report.style import AMBER, BLUE, GREEN, INK, MUTED, PURPLE, RED, RULE, SKY
 
@@ -206,6 +206,11 @@ def draw_stack(axis: Axes, run: Run, phases: list[Line]) -> None:
     finish(axis, ends, [line.label for line in phases], [line.colour for line in phases])
 
 
+def as_text(name: str | None) -> str:
+    """A name in a figure: no dollar sign begins a formula."""
+    return (name or "").replace("$", r"\$")
+
+
 def draw_evaluation(axis: Axes, evaluation: dict[str, Any] | None, key: str) -> None:
     """The evaluation before (at KL 0 unless recorded) and after, with 95% intervals on both
     axes."""
@@ -216,9 +221,10 @@ def draw_evaluation(axis: Axes, evaluation: dict[str, Any] | None, key: str) -> 
     if reward is None or kl is None:
         return
     method = evaluation.get("method")
-    after = str(method).upper() if method in POLICY_METHODS else "after"
+    base, named = map(as_text, names_of(evaluation))
+    after = named or (str(method).upper() if method in POLICY_METHODS else "after")
     sides = (
-        ("SFT", reward.before, reward.before_se, kl.before or 0.0, kl.before_se),
+        (base, reward.before, reward.before_se, kl.before or 0.0, kl.before_se),
         (after, reward.after, reward.after_se, kl.after, kl.after_se),
     )
     for name, y, y_se, x, x_se in sides:

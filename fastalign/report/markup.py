@@ -9,6 +9,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from fastalign.report.compare import names_of
 from fastalign.report.figure import Plot
 from fastalign.report.read import POLICY_METHODS, Run, setting
 
@@ -42,7 +43,9 @@ def words_of(value: Any) -> str:
 
 
 def method_of(run: Run) -> str:
-    """The method's name for people: "APA"."""
+    """The method's name for people: "APA"; the model's, where that was recorded."""
+    if named := names_of(run.evaluation)[1]:
+        return named
     named = (run.evaluation or {}).get("method") or setting(run.config, "method")
     if named is None and run.name in POLICY_METHODS:
         named = run.name

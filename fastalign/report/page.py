@@ -15,7 +15,7 @@ import numpy as np
 
 from fastalign.report import preference
 from fastalign.report.accounting import accounting_section
-from fastalign.report.compare import comparison_rows, number, sentences
+from fastalign.report.compare import comparison_rows, number, reference_of, sentences
 from fastalign.report.markup import duration, last_step, method_of, missing, safe
 from fastalign.report.read import Road, Run, seeds
 from fastalign.report.sections import (
@@ -168,7 +168,9 @@ def _cards(run: Run) -> str:
             cards.append((name, f"{number(row.before, 0.1)} → {number(row.after, 0.1)}", small))
     kl = rows.get("kl/k1")
     if kl is not None and kl.after is not None:
-        cards.append(("KL to SFT", number(kl.after, 0.1), "nats / response"))
+        cards.append(
+            (f"KL to {reference_of(run.evaluation)}", number(kl.after, 0.1), "nats / response")
+        )
     cards.append(("Last step", last_step(run), ""))
     speed, memory = run.finite("tokens_per_s")[1], run.finite("memory_gib")[1]
     if speed.size:

@@ -13,6 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from fastalign.report.compare import names_of, reference_of
 from fastalign.report.figure import (
     HALF,
     WIDE,
@@ -30,6 +31,7 @@ from fastalign.report.figure import (
     smoothing,
     thin,
 )
+from fastalign.report.markup import safe
 from fastalign.report.read import Run
 from fastalign.report.style import AMBER, BLUE, GREEN, INK, MUTED, PURPLE, RED
 
@@ -52,7 +54,7 @@ def reward_and_kl(run: Run) -> Plot:
         if rewards:
             draw_lines(axes[0], run, rewards, "reward, mean over samples")
         if kls:
-            draw_lines(axes[-1], run, kls, "KL to SFT, nats / response")
+            draw_lines(axes[-1], run, kls, f"KL to {reference_of(run.evaluation)}, nats / response")
         if len(axes) > 1:
             axes[0].set_xlabel("")
         return figure
@@ -79,7 +81,7 @@ def reward_against_kl(run: Run, evaluation: dict[str, Any] | None) -> Plot:
             points = axis.scatter(x, y, c=at, cmap=STEPS, s=15, linewidths=0, alpha=0.9)
             draw_evaluation(axis, evaluation, line.key)
             axis.set_title(f"{line.label.capitalize()} reward")
-            axis.set_xlabel("KL to SFT (k1), nats / response")
+            axis.set_xlabel(f"KL to {reference_of(evaluation)} (k1), nats / response")
             axis.set_ylabel("reward, mean over samples")
             axis.margins(0.06)
         if np.ptp(kl_steps) > 0:
@@ -148,7 +150,8 @@ def collapse(run: Run, evaluation: dict[str, Any] | None) -> Plot:
     words = "<b>Collapse watch.</b>" + smoothing(run)
     before = None if evaluation is None else evaluation["before"]
     if before is not None:
-        words += " Dashed: the SFT model."
+        base, named = names_of(evaluation)
+        words += f" Dashed: {safe(base) if named else 'the SFT model'}."
     return _small_multiples("collapse", run, panels, words, "entropy, length, finished", before)
 
 

@@ -12,6 +12,7 @@ from fastalign.report.compare import (
     cells_of,
     checks,
     comparison_rows,
+    names_of,
     number,
     with_error,
 )
@@ -25,6 +26,8 @@ def policy_sections(run: Run) -> list[tuple[str, str, str]]:
     """(id, title, HTML) of the result, the training curves, and health and speed."""
     evaluation = run.evaluation
     method = method_of(run)
+    base, named = names_of(evaluation)
+    training = f"{base} and {named}" if named else f"Training with {method}"
     if evaluation is None:
         table = missing("No before/after table: evaluation.json is written when the run ends.")
     else:
@@ -41,7 +44,7 @@ def policy_sections(run: Run) -> list[tuple[str, str, str]]:
     )
     return [
         ("before-after", "Before and after", table),
-        ("training", f"Training with {safe(method)}", "".join(map(figure, learning))),
+        ("training", safe(training), "".join(map(figure, learning))),
         ("health", "Health and speed", "".join(map(figure, health))),
     ]
 
@@ -76,8 +79,9 @@ def samples_section(run: Run) -> str:
     shown = run.samples[:MOST_SAMPLES]
     count = f"The first {len(shown)} of {len(run.samples)} stored prompts, not chosen."
     html = f'<p class="lede">{count}</p>'
+    base, _ = names_of(run.evaluation)
     for sample in shown:
-        sides = _side(sample, "before", "SFT") + _side(sample, "after", method_of(run))
+        sides = _side(sample, "before", base) + _side(sample, "after", method_of(run))
         html += f'<article class="sample"><div class="prompt">{words_of(sample["prompt"])}</div>'
         html += f'<div class="sides">{sides}</div></article>'
     return html
@@ -96,16 +100,17 @@ def _side(sample: dict[str, Any], side: str, name: str) -> str:
 
 def _table(evaluation: dict[str, Any], method: str) -> str:
     rows = comparison_rows(evaluation)
+    base = safe(names_of(evaluation)[0])
     lead = next((row.key for row in rows if row.key.startswith("reward/")), "")
     numbers = "".join(
-        f'<th class="n main">{title}</th><th></th>' for title in ("SFT", safe(method), "Change")
+        f'<th class="n main">{title}</th><th></th>' for title in (base, safe(method), "Change")
     )
     opened = {True: '<tr class="lead">', False: "<tr>"}
     body = "".join(f"{opened[row.key == lead]}{_cells(row)}</tr>" for row in rows)
     return (
         f'<p class="lede">{safe(caption(evaluation))}. ± is one standard error; “within noise”'
         ' means less than 1.96 of them.</p><div class="scroll"><table class="numbers"><thead><tr>'
-        f'<th>Measure</th><th>Unit</th>{numbers}<th class="n">In SD of SFT</th><th></th>'
+        f'<th>Measure</th><th>Unit</th>{numbers}<th class="n">In SD of {base}</th><th></th>'
         f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
