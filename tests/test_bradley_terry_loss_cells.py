@@ -103,12 +103,17 @@ def test_every_tensor_may_be_a_view(backend: str) -> None:
     inputs = make(10, 8, torch.float32, device_of(backend))
     views = {name: x[::2, 1:7:2] for name, x in inputs.items()}
     views["rejected"] = views["rejected"].t().contiguous().t()
+    views["totals"] = torch.arange(2.0, 8.0, device=device_of(backend))[::2]
     results = []
     for given in (views, {name: x.contiguous() for name, x in views.items()}):
         leaves = [given[name].requires_grad_() for name in ("chosen", "rejected", "margin")]
         with fa.backend(backend):
             loss = bradley_terry_loss(
-                *leaves[:2], margin=leaves[2], head_mask=given["head_mask"], label_smoothing=0.1
+                *leaves[:2],
+                margin=leaves[2],
+                head_mask=given["head_mask"],
+                totals=given["totals"],
+                label_smoothing=0.1,
             )
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
