@@ -98,6 +98,20 @@ def test_gradient_and_non_contiguous() -> None:
     assert torch.autograd.gradcheck(loss, (chosen, rejected, margin))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_margins_and_totals_of_any_dtype(backend: str, dtype: torch.dtype) -> None:
+    scores = torch.randn(4, 2, device=device_of(backend))
+    margin = torch.tensor([1, 0, 2, 3], device=scores.device)
+    totals = torch.tensor([3, 7], device=scores.device)
+    with fa.backend(backend):
+        found, wanted = (
+            bradley_terry_loss(scores, -scores, margin=margin.to(d), totals=totals.to(d))
+            for d in (dtype, torch.float32)
+        )
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_tensor_may_be_a_view(backend: str) -> None:
     inputs = make(10, 8, torch.float32, device_of(backend))
