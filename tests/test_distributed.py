@@ -1,6 +1,7 @@
 """Sharing batches between processes, and sharded weights trained as unsharded ones are.
 
-What needs two processes runs in two, started by torchrun, on gloo.
+What needs two processes runs in two, started by torchrun, on gloo; what one process does beside
+them, in this one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from several_processes import LENGTHS, found, steps, tiny_policy, torchrun
 from torch import nn
 
+from fastalign import cli
 from fastalign.train import distributed
 from fastalign.train.distributed import Micro, micros, plan_micros, shares
 
@@ -112,16 +114,24 @@ def test_two_processes_train_as_one_does(folder: Path) -> None:
             torch.testing.assert_close(two[name]["weights"][key], weight, rtol=0, atol=2e-5)
 
 
+def run(size: int, argv: list[str]) -> None:
+    """`fastalign ARGV` in `size` processes."""
+    if size == 1:
+        cli.main(argv)
+        return
+    done = torchrun(size, ["-m", "fastalign", *argv], timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
 def training(folder: Path, size: int, *more: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Metrics and weights of a small `train sft` in `size` processes."""
     from safetensors.torch import load_file
 
-    argv = ["-m", "fastalign", "train", "sft", "--model", "scratch:1m", "--vocab_size", "300"]
+    argv = ["train", "sft", "--model", "scratch:1m", "--vocab_size", "300"]
     argv += ["--max_length", "128", "--limit", "40", "--epochs", "1", "--batch_tokens", "700"]
     argv += ["--micro_tokens", "300", "--eval_limit", "8", "--device", "cpu", "--eval_every", "3"]
     argv += ["--checkpoint_every", "2", "--output", str(folder), *more]
-    done = torchrun(size, argv, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run(size, argv)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(folder / "model" / "model.safetensors")
 
@@ -130,11 +140,10 @@ def pairs(folder: Path, size: int, method: str, model: Path) -> tuple[list[Any],
     """Metrics and weights of a small `train reward` or `train dpo` in `size` processes."""
     from safetensors.torch import load_file
 
-    argv = ["-m", "fastalign", "train", method, "--model", str(model), "--limit", "24"]
+    argv = ["train", method, "--model", str(model), "--limit", "24"]
     argv += ["--batch_tokens", "900", "--micro_tokens", "400", "--eval_limit", "4"]
     argv += ["--max_length", "128", "--device", "cpu", "--output", str(folder)]
-    done = torchrun(size, argv, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run(size, argv)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     weights = load_file(folder / "model" / "model.safetensors")
     if method == "reward":
@@ -142,6 +151,7 @@ def pairs(folder: Path, size: int, method: str, model: Path) -> tuple[list[Any],
     return lines, weights
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["reward", "dpo"])
 def test_pairs_on_one_and_two_processes(method: str, road: Path, tmp_path: Path) -> None:
     model = road / "sft" / "model"
@@ -166,6 +176,7 @@ def same(
         torch.testing.assert_close(b[1][name], weight, rtol=0, atol=2e-4)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_sft_on_one_and_two_processes_and_resumed_on_another_number(tmp_path: Path) -> None:
     import shutil
 
