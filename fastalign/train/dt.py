@@ -22,9 +22,10 @@ from torch import Tensor
 from fastalign.data import source
 from fastalign.data.condition import Condition, Tagger
 from fastalign.data.tokens import TokenizedCompletion
+from fastalign.models import Policy
 from fastalign.rollout import SamplingConfig, TransformersEngine
 from fastalign.streams import stream
-from fastalign.train import strict_json
+from fastalign.train import distributed, strict_json
 from fastalign.train.evaluate import standard_error
 from fastalign.train.labels import (
     FromLabels,
@@ -105,19 +106,22 @@ class DT(FromLabels):
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        self.tagger.condition.save(folder)
+        if distributed.world().is_main:
+            self.tagger.condition.save(folder)
 
     def finish(self, run: Run) -> None:
-        if self.config.targets:
-            with run.meter.phase("evaluate"):
-                found = [self.achieved(target, run.meter) for target in self.config.targets]
-            if run.is_main:
-                text = strict_json.dumps(found, indent=2) + "\n"
-                (run.folder / "targets.json").write_text(text)
+        if not self.config.targets:
+            return
+        whole = distributed.unsharded(self.policy)
+        if isinstance(whole, Policy):  # in the main process
+            policy, meter = whole.to(self.device), run.meter
+            with meter.phase("evaluate"):
+                found = [self.achieved(policy, target, meter) for target in self.config.targets]
+            (run.folder / "targets.json").write_text(strict_json.dumps(found, indent=2) + "\n")
 
     @torch.no_grad()
-    def achieved(self, target: float, meter: Meter) -> dict[str, float]:
-        """What responses to the held-out prompts are worth when `target` is asked for."""
+    def achieved(self, policy: Policy, target: float, meter: Meter) -> dict[str, float]:
+        """What its responses to the held-out prompts are worth when `target` is asked for."""
         config, scorer = self.config, self.data.scorer
         assert scorer is not None
         # The prompts without tags, each once; every target draws from the same stream.
@@ -125,7 +129,7 @@ class DT(FromLabels):
         prompts = list(distinct)[: config.eval_prompts]
         torch.manual_seed(stream(config.seed, "targets").initial_seed())
         with autocast(self.device, config.dtype):
-            rollouts = TransformersEngine(self.policy, self.tokenizer).generate(
+            rollouts = TransformersEngine(policy, self.tokenizer).generate(
                 [self.tagger.prompt(list(p), target) for p in prompts],
                 config.eval_samples,
                 config.sampling,

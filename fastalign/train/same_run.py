@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastalign.train import distributed
 from fastalign.train.folder import RunError
 
 FIXED = ("seed", "batch_tokens", "prompts_per_step", "samples_per_prompt")
@@ -121,10 +122,12 @@ def data_digest(examples: Sequence[Any]) -> str:
 def weights_digest(module: nn.Module) -> str:
     """12 digits of SHA-256 over names, shapes and sums of the bits of all weights and buffers.
 
-    The sums are exact, and taken where the weights are: a big model on a GPU is not moved.
+    The sums are exact, and taken where the weights are: a big model on a GPU is not moved. Of
+    sharded weights, all processes must call.
     """
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, part_or_whole in module.state_dict().items():
+        tensor = distributed.whole(part_or_whole)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         for part in tensor.contiguous().reshape(-1).view(torch.uint8).split(1 << 22):
             words = F.pad(part, (0, -part.numel() % 4)).view(torch.int32)
