@@ -27,8 +27,7 @@ from fastalign.commands.answers import Answers, AnswersConfig, account, read_lin
 from fastalign.data import source
 from fastalign.models import load_tokenizer
 from fastalign.theory import best_of_n_curve, best_of_n_kl_bound, best_of_n_kl_estimate
-from fastalign.train import strict_json
-from fastalign.train.evaluate import command_line, machine, versions
+from fastalign.train import repeat, strict_json
 from fastalign.train.reward_source import RewardSource, make_reward
 from fastalign.train.run import (
     RunError,
@@ -98,9 +97,7 @@ def run(config: BestOfNConfig) -> Path:
         "samples": config.n,
         "seed": config.seed,
         "source": rewards.describe(),
-        "command": command_line(),
-        "machine": machine(answers.device),
-        "versions": versions(),
+        **repeat.facts(answers.device),
     }
     (folder / CURVE).write_text(strict_json.dumps(found, indent=1) + "\n")
     if config.curve:

@@ -32,15 +32,8 @@ from fastalign.models import Policy, load_tokenizer
 from fastalign.models.reward import check_same_tokenizer
 from fastalign.report.command import conclude
 from fastalign.rollout import Rollout
-from fastalign.train import strict_json
-from fastalign.train.evaluate import (
-    Evaluation,
-    Evaluations,
-    command_line,
-    machine,
-    standard_error,
-    versions,
-)
+from fastalign.train import repeat, strict_json
+from fastalign.train.evaluate import Evaluation, Evaluations, standard_error
 from fastalign.train.experience import spread
 from fastalign.train.meter import Meter
 from fastalign.train.reward_source import RewardSource, Scored, make_reward
@@ -149,9 +142,7 @@ def run(config: EvaluateConfig) -> Path:
         "n_prompts": len(policy.prompts),
         "n_samples": config.samples,
         "seed": config.seed,
-        "machine": machine(device),
-        "versions": versions(),
-        "command": command_line(),
+        **repeat.facts(device),
         **account(folder, "evaluate", meter),
     }
     evaluations.write(folder, facts)

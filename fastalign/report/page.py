@@ -91,7 +91,10 @@ def _top(road: Road) -> str:
     day = ""
     if times.size:
         day = f"{datetime.fromtimestamp(times[-1], timezone.utc):%d %B %Y, %H:%M} UTC"
-    what = method_of(lead) if lead is policy else {"sft": "SFT"}.get(lead.kind, "reward model")
+    method = lead.accounting.method if lead.accounting else None
+    what = method_of(lead) if lead is policy else "reward model"
+    if lead is not policy and lead.kind == "sft":
+        what = str(method or "sft").upper()
     html = f'<div class="kicker"><span><b>{safe(road.name)}</b> · {safe(what)}</span>'
     html += f"<span>{day}</span></div>"
     unfinished = policy is not None and policy.evaluation is None
@@ -205,18 +208,18 @@ def _repeat(road: Road) -> str:
     facts: list[tuple[str, str]] = []
     command = None
     for run in road.runs:
-        evaluation = run.evaluation or {}
-        command = command or evaluation.get("command")
+        recorded = run.evaluation or (run.accounting.repeat if run.accounting else {})
+        command = command or recorded.get("command")
         for title in ("machine", "versions"):
-            facts += [(name, str(value)) for name, value in _table_of(evaluation, title).items()]
+            facts += [(name, str(value)) for name, value in _table_of(recorded, title).items()]
         facts += [(f"time, {name}", duration(value)) for name, value in _seconds(run).items()]
     for run in road.runs:
         facts += [(f"{run.name}, {name}", value) for name, value in seeds(run.config)]
     html = missing("The command was not recorded.")
     if command:
         html = f"<pre>{safe(str(command))}</pre>"
-    if all(run.evaluation is None for run in road.runs):
-        html += missing("Machine and versions were not recorded: there is no evaluation.json.")
+    if command is None and all(run.evaluation is None for run in road.runs):
+        html += missing("Machine and versions were not recorded.")
     rows = "".join(f"<dt>{safe(name)}</dt><dd>{safe(value)}</dd>" for name, value in facts)
     return html + (f'<dl class="facts">{rows}</dl>' if rows else "")
 

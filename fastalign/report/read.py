@@ -36,6 +36,9 @@ class Accounting:
     peak_flops: float | None
     peak_source: str | None
     resumes: int
+    method: str | None = None
+    repeat: dict[str, Any] = field(default_factory=dict)
+    """The command, the machine and the versions, where they were recorded."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +317,12 @@ def _read_accounting(path: Path, notes: list[str]) -> Accounting | None:
             peak_flops=peak and float(peak),
             peak_source=content["peak_source"] and str(content["peak_source"]),
             resumes=int(content["resumes"]),
+            method=content.get("method"),
+            repeat={
+                name: content[name]
+                for name in ("command", "machine", "versions")
+                if name in content
+            },
         )
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):
         notes.append("accounting.json is damaged; it is left out.")

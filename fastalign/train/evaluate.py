@@ -8,8 +8,6 @@ std(after_i - before_i) / sqrt(n): how hard each prompt is cancels. One prompt h
 
 from __future__ import annotations
 
-import platform
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -159,50 +157,3 @@ class Evaluations:
                     "after_reward": became["reward"],
                 }
                 file.write(strict_json.dumps(record) + "\n")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import os
-
-    found: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            ]
-        return names[0] if names else platform.machine()
-    except OSError:
-        return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of everything that has a say in the numbers."""
-    import transformers
-
-    import fastalign
-
-    return {
-        "fastalign": fastalign.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def command_line() -> str:
-    """The command that started this process, to repeat it."""
-    return "fastalign " + " ".join(sys.argv[1:])

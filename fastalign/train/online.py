@@ -27,17 +27,10 @@ from fastalign.models.reward import check_same_tokenizer
 from fastalign.ops.kl_estimate import KINDS
 from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.rollout import SamplingConfig
-from fastalign.train import distributed
+from fastalign.train import distributed, repeat
 from fastalign.train.critic import PASSES, Critic
 from fastalign.train.engine import make_engine, seed_draws
-from fastalign.train.evaluate import (
-    Evaluation,
-    Evaluations,
-    command_line,
-    evaluate,
-    machine,
-    versions,
-)
+from fastalign.train.evaluate import Evaluation, Evaluations, evaluate
 from fastalign.train.experience import Collector, Experience
 from fastalign.train.guards import GuardConfig, Guards
 from fastalign.train.kl_control import make_controller
@@ -371,9 +364,7 @@ def train(config: OnlineConfig, method: Method) -> Path:
             **reward.describe(),
             "n_prompts": len(held_out),
             "n_samples": config.eval_samples,
-            "machine": machine(device),
-            "versions": versions(),
-            "command": command_line(),
+            **repeat.facts(device),
             "seconds": {"total": time.monotonic() - run.started},
         }
         if run.is_main:

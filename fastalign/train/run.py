@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.streams import stream
-from fastalign.train import checkpoint, distributed, strict_json
+from fastalign.train import checkpoint, distributed, repeat, strict_json
 from fastalign.train.folder import (
     RunError,
     claim_folder,
@@ -339,7 +339,12 @@ class Run:
     def _write_accounting(self) -> None:
         if not self.is_main:
             return
-        found = {"method": self.command, "step": self.step, **self.meter.summary()}
+        found = {
+            "method": self.command,
+            "step": self.step,
+            **self.meter.summary(),
+            **repeat.facts(self.meter.device),
+        }
         try:
             write_text(self.folder / "accounting.json", strict_json.dumps(found, indent=2) + "\n")
         except OSError as error:
