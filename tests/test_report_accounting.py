@@ -130,3 +130,18 @@ def test_numbers_for_people() -> None:
     assert scaled(999.0, "J") == "999 J" and scaled(1000.0, "J") == "1.00 kJ"
     assert scaled(float("nan"), "J") == "—" and scaled(0.0, "J") == "0 J"
     assert share(0.12345) == "12.3%" and share(1.0) == "100%"
+
+
+def test_what_repeats_a_run_that_has_no_evaluation(tmp_path: Path) -> None:
+    make_sft(tmp_path / "run")
+    make_account(
+        tmp_path / "run",
+        method="mle",
+        command="fastalign train mle --keep 0.3",
+        machine={"processor": "Z80", "cores": 1},
+        versions={"torch": "9.9"},
+    )
+    html = write_report(tmp_path / "run").read_text()
+    for words in ("fastalign train mle --keep 0.3", "Z80", "9.9", "MLE"):
+        assert words in html
+    assert "not recorded" not in html
