@@ -111,7 +111,7 @@ def test_two_processes_train_as_one_does(folder: Path) -> None:
             torch.tensor(two[name]["history"]), torch.tensor(one["history"]), rtol=2e-6, atol=0
         )
         for key, weight in one["weights"].items():
-            torch.testing.assert_close(two[name]["weights"][key], weight, rtol=0, atol=2e-5)
+            torch.testing.assert_close(two[name]["weights"][key], weight, rtol=0, atol=1e-6)
 
 
 def run(size: int, argv: list[str]) -> None:
@@ -173,7 +173,9 @@ def same(
         for key in {"loss", "grad_norm", "lr", "tokens"} & one.keys():
             assert one[key] == pytest.approx(two[key], rel=2e-4), (key, one, two)
     for name, weight in a[1].items():
-        torch.testing.assert_close(b[1][name], weight, rtol=0, atol=2e-4)
+        # Where a gradient is all but zero, AdamW makes a step of what is rounding.
+        apart = (b[1][name] - weight).abs()
+        assert apart.mean() < 2e-6 and (apart > 2e-4).float().mean() < 1e-3, name
 
 
 @pytest.mark.usefixtures("one_thread")
