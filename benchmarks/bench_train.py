@@ -61,7 +61,7 @@ def one(who: str, name: str, folder: Path, device: str, timeout: float) -> dict[
         "tokens/s": sum(tokens) / sum(seconds),
         "peak": found["peak"],
         "beyond": found["peak"] - found.get("at start", 0),
-        "steps": len(seconds),
+        "timed steps": len(seconds),
     }
 
 
@@ -112,7 +112,7 @@ def compare(
             )
             least = statistics.median(run["beyond"] for run in ours)
             row["its memory / this"] = least / max(1.0, beyond)
-        rows.append(row | {"runs": len(own), "steps": own[0]["steps"]})
+        rows.append(row | {"runs": len(own), "timed steps": own[0]["timed steps"]})
     return rows, failed
 
 

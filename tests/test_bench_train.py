@@ -86,7 +86,7 @@ def test_speed_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "tokens/s": 75.0,
         "peak": 50,
         "beyond": 30,
-        "steps": 2,
+        "timed steps": 2,
     }
     found["seconds"] = [1.0, 2.0]
     Done.stdout = json.dumps(found)
@@ -105,9 +105,9 @@ def test_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
         if name == "sft packed":
             raise RuntimeError("no such thing")
         if name == "sft defaults":
-            return {"tokens/s": 5.0, "peak": 9, "beyond": 4, "steps": 6}
+            return {"tokens/s": 5.0, "peak": 9, "beyond": 4, "timed steps": 6}
         speed, beyond = next(answers[who])
-        return {"tokens/s": speed, "peak": 10, "beyond": beyond, "steps": 6}
+        return {"tokens/s": speed, "peak": 10, "beyond": beyond, "timed steps": 6}
 
     monkeypatch.setattr(bench_train, "one", one)
     rows, failed = bench_train.compare("tiny", ["sft"], "cpu", 3, 4, 1e12)
