@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 SIZES = ("N", "H", "V", "rows", "steps", "K", "B")
-ABSOLUTE = ("tokens/s", "ms", "us", "q1 ms", "q3 ms", "q1 us", "q3 us", "TFLOP/s", "GFLOP/s", "GB/s")
+ABSOLUTE = (
+    "tokens/s",
+    "ms",
+    "us",
+    "q1 ms",
+    "q3 ms",
+    "q1 us",
+    "q3 us",
+    "TFLOP/s",
+    "GFLOP/s",
+    "GB/s",
+)
 LEFT_OUT = ("rounds", "minimal MB", "MB", "of", "GB")
 
 
