@@ -1,9 +1,10 @@
-"""A plot of benchmark results: time over the ceiling's, one bar per candidate, one panel per shape.
+"""A plot of benchmark results: one bar per candidate, one panel per shape.
 
     python -m benchmarks.plot FILE.json...        writes FILE.svg beside each
 
-fastalign's bars are blue and labelled in bold, the line at 1 is the ceiling. Bars longer than CUT
-times the ceiling end there, with their value written out.
+Of results with a ceiling in time, the bars are times over the ceiling's; those longer than CUT
+times it end there, with their value written out. Of others they are times over fastalign's own, on
+a logarithmic axis: right of the line at 1 is slower than fastalign. fastalign's bars are blue.
 """
 
 from __future__ import annotations
@@ -65,9 +66,78 @@ def plot(data: dict[str, Any], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+OURS = ("fastalign", "gae")
+
+
+def over_ours(rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, float]]]:
+    """By panel (what stands before ``what`` in a row: shape, pass), each candidate's time over
+    fastalign's; panels without fastalign, and ceilings, are left out."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        keys = list(row)[: list(row).index("what")] if "what" in row else []
+        panels.setdefault(", ".join(f"{key} {row[key]}" for key in keys), []).append(row)
+    found = {}
+    for title, mine in panels.items():
+        unit = next((u for u in ("ms", "us") if u in mine[0]), "")
+        own = [row[unit] for row in mine if unit and row["what"] in OURS]
+        if own:
+            found[title] = [
+                (row["what"], row[unit] / own[0]) for row in mine if "ceiling" not in row["what"]
+            ]
+    return found
+
+
+def plot_over_ours(data: dict[str, Any], path: Path) -> None:
+    """Writes the figure of a result file without a ceiling in time, by ``over_ours``.
+
+    Args:
+        data: what ``benchmarks.timing.report`` writes.
+        path: .svg, .png or .pdf.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    panels = over_ours(data["rows"])
+    values = [value for bars in panels.values() for _, value in bars]
+    low, high = min(0.5, 0.8 * min(values)), 2.0 * max(values)
+    heights = [0.7 + 0.22 * len(bars) for bars in panels.values()]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastalign", "font.size": 9}):
+        figure = Figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
+        grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (title, bars) in zip(grid, panels.items(), strict=True):
+            for place, (what, value) in enumerate(bars):
+                colour = BLUE if what in OURS else MUTED
+                axes.barh(place, value - low, left=low, color=colour, height=0.7)
+                axes.text(1.05 * value, place, f"{value:.2f}", va="center")
+            axes.set_yticks(range(len(bars)), [what for what, _ in bars])
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xlim(low, high)
+            axes.set_ylim(len(bars) - 0.4, -0.6)
+            axes.axvline(1.0, color=INK, linewidth=1)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_title(title, loc="left", fontsize=10)
+        grid[-1].set_xlabel("time over fastalign's")
+        figure.suptitle(fill(machine_line(data), 120), fontsize=8, color=MUTED)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def draw(data: dict[str, Any], path: Path) -> bool:
+    """The figure that suits the results; False where they have none."""
+    if data["ratio"] is not None:
+        plot(data, path)
+    elif over_ours(data["rows"]):
+        plot_over_ours(data, path)
+    else:
+        return False
+    return True
+
+
 def main() -> None:
     for name in sys.argv[1:]:
-        plot(json.loads(Path(name).read_text()), Path(name).with_suffix(".svg"))
+        draw(json.loads(Path(name).read_text()), Path(name).with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -314,10 +314,9 @@ def report(
             "rows": rows,
         }
         options.out.write_text(json.dumps(everything, indent=1) + "\n")
-        if ratio is not None:
-            from benchmarks.plot import plot
+        from benchmarks.plot import draw
 
-            plot(everything, options.out.with_suffix(".svg"))
+        draw(everything, options.out.with_suffix(".svg"))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

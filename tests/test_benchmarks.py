@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import bench_linear_logprobs, bench_linear_loss, head, peers, timing
 from benchmarks import bench_token_logprobs as bench_token
 from benchmarks.all import names, run_all
-from benchmarks.plot import plot
+from benchmarks.plot import draw, over_ours, plot
 from benchmarks.table import markdown
 
 MIB = 2**20
@@ -350,3 +350,17 @@ def test_rivals_on_logits_compute_the_same() -> None:
     for candidate in candidates:
         found = bench_token.judge(candidate, torch.float32, "cpu")
         assert max(found.values()) <= 1e-5, (candidate.what, found)
+
+
+def test_times_over_fastalign(tmp_path: Path) -> None:
+    """A panel a shape: 6 us beside 2 us is 3; ceilings, and shapes without fastalign, are not
+    drawn."""
+    times = {8: {"copy (ceiling)": 1.0, "fastalign": 2.0, "eager": 6.0}, 9: {"eager": 5.0}}
+    rows = [{"N": n, "what": what, "us": us} for n, of in times.items() for what, us in of.items()]
+    assert over_ours(rows) == {"N 8": [("fastalign", 1.0), ("eager", 3.0)]}
+    data = data_of("cpu") | {"ratio": None, "rows": rows}
+    assert draw(data, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert all(words in text for words in ("N 8", "eager", "3.00")) and "ceiling" not in text
+    assert not draw(data | {"rows": rows[-1:]}, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
