@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,9 +69,17 @@ def start(device: torch.device) -> torch.device:
 
 
 def finish() -> None:
-    """Parts again, at the end of a command."""
+    """Parts again, at the end of a command; the process of one of several ends here.
+
+    It ends without the interpreter's own teardown: gloo's threads live as long as a device mesh is
+    cached somewhere, and one that lets go of a tensor of Python's during the teardown aborts the
+    process (`terminate called without an active exception`) after all its work is done.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def barrier() -> None:
