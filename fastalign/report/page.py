@@ -19,6 +19,7 @@ from fastalign.report.compare import comparison_rows, number, reference_of, sent
 from fastalign.report.markup import duration, last_step, method_of, missing, safe
 from fastalign.report.read import Road, Run, seeds
 from fastalign.report.sections import (
+    before_after,
     policy_sections,
     reward_section,
     samples_section,
@@ -51,6 +52,7 @@ def render(road: Road) -> str:
     parts: list[tuple[str, str, str]] = []
     from_pairs = policy is not None and preference.learned_from_pairs(policy)
     if policy is not None and from_pairs:
+        parts += [] if policy.evaluation is None else [before_after(policy)]
         parts += preference.sections(policy)
     elif policy is not None:
         parts += policy_sections(policy)
@@ -66,7 +68,7 @@ def render(road: Road) -> str:
         parts.append(("sft", "Supervised fine-tuning", html))
     if costs := accounting_section(road):
         parts.append(("accounting", "What it cost", costs))
-    if policy is not None and not from_pairs:
+    if policy is not None and (policy.samples or not from_pairs):
         parts.append(("samples", "Samples", samples_section(policy)))
     parts.append(("configuration", "Configuration", _configuration(road)))
     parts.append(("repeat", "Machine and how to repeat", _repeat(road)))

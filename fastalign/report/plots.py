@@ -274,6 +274,12 @@ def sft_curves(run: Run) -> Plot:
     )
 
 
+def given_curves(run: Run) -> Plot:
+    return _train_and_held_out(
+        "given-loss", run, "mean over tokens", "<b>Loss on given responses.</b>"
+    )
+
+
 def speed(run: Run, prefix: str) -> Plot:
     """Tokens per second of a stage."""
     lines = recorded(run, Line("tokens_per_s", "", INK))

@@ -11,8 +11,8 @@ ACCURACY, HALF = "rewards/accuracies", "rewards/accuracies_ci95"
 
 
 def learned_from_pairs(run: Run) -> bool:
-    """Whether this is such a run: it logs the responses' implicit rewards, and samples nothing."""
-    return run.evaluation is None and any(
+    """Whether this is such a run: it logs the responses' implicit rewards."""
+    return any(
         "rewards/chosen" in row or "rewards/rejected" in row
         for rows in run.lines.values()
         for row in rows.values()

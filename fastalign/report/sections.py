@@ -26,12 +26,15 @@ def policy_sections(run: Run) -> list[tuple[str, str, str]]:
     """(id, title, HTML) of the result, the training curves, and health and speed."""
     evaluation = run.evaluation
     method = method_of(run)
+    if learned_from_given(run):
+        curves = (plots.given_curves(run), plots.losses(run, method.lower()))
+        return [
+            before_after(run),
+            ("training", safe(f"Training with {method}"), "".join(map(figure, curves))),
+            ("health", "Health and speed", figure(plots.time_per_phase(run))),
+        ]
     base, named = names_of(evaluation)
     training = f"{base} and {named}" if named else f"Training with {method}"
-    if evaluation is None:
-        table = missing("No before/after table: evaluation.json is written when the run ends.")
-    else:
-        table = _table(evaluation, method) + _checks(checks(evaluation, run.samples))
     learning = (
         plots.reward_and_kl(run),
         plots.reward_against_kl(run, evaluation),
@@ -43,10 +46,26 @@ def policy_sections(run: Run) -> list[tuple[str, str, str]]:
         plots.time_per_phase(run),
     )
     return [
-        ("before-after", "Before and after", table),
+        before_after(run),
         ("training", safe(training), "".join(map(figure, learning))),
         ("health", "Health and speed", "".join(map(figure, health))),
     ]
+
+
+def before_after(run: Run) -> tuple[str, str, str]:
+    """(id, title, HTML) of the result."""
+    evaluation = run.evaluation
+    if evaluation is None:
+        table = missing("No before/after table: evaluation.json is written when the run ends.")
+    else:
+        table = _table(evaluation, method_of(run)) + _checks(checks(evaluation, run.samples))
+    return "before-after", "Before and after", table
+
+
+def learned_from_given(run: Run) -> bool:
+    """Whether the policy learned from responses that it did not sample: it was sampled from before
+    and after, and in between only has losses."""
+    return run.has("perplexity") and not run.has("kl/k1")
 
 
 def reward_section(run: Run) -> str:

@@ -41,6 +41,7 @@ from fastalign.train.run import (
     check_context,
 )
 from fastalign.train.same_run import Inputs
+from fastalign.train.sampled import Sampled
 from fastalign.train.setup import load_policy
 from fastalign.train.supervised import SupervisedConfig
 
@@ -343,6 +344,9 @@ def train(config: DPOConfig) -> Path:
     )
     check_context(config.max_length, policy.max_length, config.model)
     reference = policy.frozen_copy() if config.reference_mode() == "live" else None
+    sampled = Sampled(
+        config, policy, tokenizer, held_out.responses.items if held_out is not None else []
+    )
     policy.train()
     trainee = Trainee(policy, reference, loss, config)
     inputs = Inputs(data=examples.responses.items, start=policy)
@@ -357,11 +361,17 @@ def train(config: DPOConfig) -> Path:
             run.meter.skip()  # no step's
         distributed.shard(policy, "hidden")
         optimizer = Optimizer(config, policy, len(schedule))
-        others = {"optimizer": optimizer, "inputs": inputs}
+        others = {"optimizer": optimizer, "inputs": inputs, "sampled": sampled}
         start = run.restore(Stateful({"policy": policy}, others))
-        if start == 0 and held_out is not None:
-            with run.meter.phase("evaluate"):
-                run.log(0, "eval", evaluate(trainee, held_out))
+
+        def log_evaluation(step: int, found: dict[str, float]) -> None:
+            if held_out is not None:
+                with run.meter.phase("evaluate"):
+                    run.log(step, "eval", evaluate(trainee, held_out) | found)
+
+        found_before = sampled.before(run)
+        if start == 0:
+            log_evaluation(0, found_before)
         for step in range(start + 1, len(schedule) + 1):
             batch = schedule[step - 1]
             rows = examples.rows(batch)
@@ -392,12 +402,14 @@ def train(config: DPOConfig) -> Path:
                     flops=training_flops(policy, lengths, n_trained),
                 )
             run.log(step, "train", metrics | run.meter.metrics())
-            if held_out is not None and (step % config.eval_every == 0 or step == len(schedule)):
-                with run.meter.phase("evaluate"):
-                    run.log(step, "eval", evaluate(trainee, held_out))
+            if step % config.eval_every == 0 or step == len(schedule):
+                log_evaluation(step, sampled.after(run, step == len(schedule)))
             run.end_step(step)
+        if sampled.unfinished:  # the checkpoint is of the last step only now
+            log_evaluation(len(schedule), sampled.after(run))
         with run.saving_model() as folder:
             whole = distributed.unsharded(policy)
             if isinstance(whole, Policy):
                 whole.save(folder, tokenizer)
+        sampled.write(run)
     return run.folder / "model"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from fastalign.data import source
 from fastalign.data.condition import Condition, Tagger
 from fastalign.data.tokens import TokenizedCompletion
 from fastalign.models import Policy
-from fastalign.rollout import SamplingConfig, TransformersEngine
+from fastalign.rollout import TransformersEngine
 from fastalign.streams import stream
 from fastalign.train import distributed, strict_json
+from fastalign.train.asking import Asking
 from fastalign.train.evaluate import standard_error
 from fastalign.train.labels import (
     FromLabels,
@@ -36,7 +37,7 @@ from fastalign.train.labels import (
     standardised,
 )
 from fastalign.train.meter import Meter
-from fastalign.train.run import Run, RunError, at_least, autocast, begin
+from fastalign.train.run import Run, RunError, autocast, begin
 from fastalign.train.supervised import Samples
 
 log = logging.getLogger("fastalign")
@@ -48,19 +49,19 @@ class DTConfig(LabelledConfig):
 
     output: str = "runs/dt"
     """Folder of the run; the model is written to OUTPUT/model, the rewards' statistics with it."""
+    target_reward: float | None = None
+    """Standardised reward that the trained model is asked for where --eval_reward measures it; by
+    default the highest of the training data."""
     eval_targets: str | None = None
     """Standardised rewards to ask the trained model for, such as 1,2,3,5: what it then achieves on
     held-out prompts is written to targets.json. Needs --reward."""
-    eval_prompts: int = 64
-    """How many held-out prompts to ask with."""
-    eval_samples: int = 4
-    """Responses to each of them and target."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How they are drawn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "eval_prompts", "eval_samples")
+        if self.target_reward is not None and not math.isfinite(self.target_reward):
+            raise RunError(f"--target_reward: expected a finite number, got {self.target_reward}")
+        if self.target_reward is not None and self.eval_reward is None:
+            raise RunError("--target_reward is asked for in the evaluation: give --eval_reward")
         if self.targets and self.reward is None:
             raise RunError("--eval_targets needs a reward to measure with: give --reward")
 
@@ -101,8 +102,12 @@ class DT(FromLabels):
         facts: dict[str, float],
         tagger: Tagger,
     ) -> None:
-        super().__init__(config, data, train, held_out, facts)
         self.tagger = tagger
+        super().__init__(config, data, train, held_out, facts)
+
+    def asking(self) -> Asking:
+        target = self.config.target_reward
+        return Asking(self.tagger, self.tagger.condition.highest if target is None else target)
 
     def save(self, folder: Path) -> None:
         super().save(folder)

@@ -36,6 +36,12 @@ def make_engine(config: EngineOptions, policy: Policy, tokenizer: Any) -> Engine
         folder = Path(config.output) / "engine"
         weights = lambda: policy_weights(policy)  # noqa: E731
         return VLLMEngine(policy, tokenizer, weights, folder, config.engine_memory)
+    return whole_engine(policy, tokenizer)
+
+
+def whole_engine(policy: Policy, tokenizer: Any) -> TransformersEngine:
+    """Samples by `transformers`; of several processes each has a whole copy of the policy for it,
+    because its own weights will be spread over them."""
     if distributed.world().size == 1:
         return TransformersEngine(policy, tokenizer)
     copy = deepcopy(policy).requires_grad_(False).eval()

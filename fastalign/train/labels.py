@@ -24,16 +24,16 @@ from fastalign.models.flops import forward_flops
 from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.rollout import Rollout
 from fastalign.train import distributed
+from fastalign.train.asking import Asking
 from fastalign.train.kept import Kept, key_of
 from fastalign.train.meter import Meter
 from fastalign.train.reward_source import RewardSource, make_reward
 from fastalign.train.run import Run, RunError, at_least, check_context, choose_device, forward_dtype
+from fastalign.train.sampled import GOLD, Request, Sampled
 from fastalign.train.setup import load_policy
 from fastalign.train.supervised import Samples, Supervised, SupervisedConfig, read, tokenize
 
 log = logging.getLogger("fastalign")
-
-GOLD = "gold"
 
 
 @dataclass
@@ -62,18 +62,6 @@ class LabelledConfig(SupervisedConfig):
             )
         if self.reward in (None, GOLD) and (self.statistic, self.coef) != (None, None):
             raise RunError("--statistic and --coef are a reward ensemble's: give it with --reward")
-
-
-@dataclass
-class Request:
-    """What `make_reward` reads of a configuration."""
-
-    reward: str
-    statistic: str | None
-    coef: float | None
-    policy: str
-    micro_tokens: int
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -233,17 +221,36 @@ class FromLabels(Supervised):
         facts: of the data, logged once, before the first step, by their names after "data/".
     """
 
+    config: LabelledConfig
+
     def __init__(
         self,
-        config: SupervisedConfig,
+        config: LabelledConfig,
         data: Labelled,
         train: Samples,
         held_out: Samples,
         facts: dict[str, float],
         loss: Any = losses.MLE(),  # noqa: B008, frozen
     ) -> None:
-        super().__init__(config, data.policy, data.tokenizer, train, held_out, loss)
         self.data, self.facts = data, facts
+        super().__init__(config, data.policy, data.tokenizer, train, held_out, loss)
+
+    def make_sampled(self) -> Sampled:
+        same = self.config.reward in (None, self.config.eval_reward)
+        scorer = self.data.scorer.reward if same and self.data.scorer is not None else None
+        return Sampled(
+            self.config,
+            self.policy,
+            self.tokenizer,
+            self.data.held_out.examples,
+            "reward/proxy" if same else "reward/held_out",
+            scorer if isinstance(scorer, RewardSource) else None,
+            self.asking(),
+        )
+
+    def asking(self) -> Asking | None:
+        """How the trained policy is asked, where it is conditioned."""
+        return None
 
     def begin(self, run: Run, new: bool) -> None:
         distributed.on_main(self.data.kept.write)

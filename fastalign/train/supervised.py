@@ -27,10 +27,12 @@ from fastalign.data.packing import Packed, epochs_of_batches, pack, token_budget
 from fastalign.data.tokens import TokenizedCompletion, tokenize_completions
 from fastalign.models import Policy
 from fastalign.models.flops import training_flops
+from fastalign.rollout import SamplingConfig
 from fastalign.train import distributed
 from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.run import Run, Stateful, at_least, autocast, check_context
 from fastalign.train.same_run import Inputs
+from fastalign.train.sampled import Sampled, check_named
 
 log = logging.getLogger("fastalign")
 
@@ -68,10 +70,22 @@ class SupervisedConfig(OptimConfig):
     """Tokens of one forward pass; a step of more tokens accumulates gradients."""
     eval_every: int = 50
     """Steps between evaluations on held-out data."""
+    eval_reward: str | None = None
+    """What responses of the model before and after training are measured by: a reward ensemble's
+    folder, my_file.py:function, a sum of such, or gold (the built-in task's). By default nothing is
+    sampled."""
+    eval_prompts: int = 64
+    """How many held-out prompts to answer for that."""
+    eval_samples: int = 4
+    """Responses to each of them."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How they are drawn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "epochs", "batch_tokens", "micro_tokens", "eval_every")
+        at_least(self, 1, "eval_prompts", "eval_samples")
+        check_named(self.eval_reward, self.data)
         at_least(self, 2, "max_length")
 
 
@@ -180,10 +194,15 @@ class Supervised:
         self.schedule = epochs_of_batches(
             train.lengths, config.epochs, config.batch_tokens, config.seed
         )
+        self.sampled = self.make_sampled()
         distributed.shard(policy, "hidden")
         self.optimizer = Optimizer(config, policy, len(self.schedule))
 
     # --- what methods override --------------------------------------------------------------------
+
+    def make_sampled(self) -> Sampled:
+        """What measures samples of the policy, which is not sharded yet."""
+        return Sampled(self.config, self.policy, self.tokenizer, self.held_out.examples)
 
     def begin(self, run: Run, new: bool) -> None:
         """Once, before the first step; `new` is not a resumed run."""
@@ -248,25 +267,36 @@ class Supervised:
         with Run(config, self.name, total) as run:
             start = run.restore(self.stateful())
             self.begin(run, start == 0)
-            if start == 0 and self.held_out.examples:
-                with run.meter.phase("evaluate"):
-                    run.log(0, "eval", self.evaluate())
+            found = self.sampled.before(run)
+            if start == 0:
+                self.log_evaluation(run, 0, found)
             for step in range(start + 1, total + 1):
                 with run.meter.phase("update"):
                     metrics = self.update(run, step, self.schedule[step - 1])
                 run.log(step, "train", metrics | run.meter.metrics())
-                if self.held_out.examples and (step % config.eval_every == 0 or step == total):
-                    with run.meter.phase("evaluate"):
-                        run.log(step, "eval", self.evaluate())
+                if step % config.eval_every == 0 or step == total:
+                    self.log_evaluation(run, step, self.sampled.after(run, step == total))
                 run.end_step(step)
+            if self.sampled.unfinished:  # the checkpoint is of the last step only now
+                self.log_evaluation(run, total, self.sampled.after(run, True))
             self.finish(run)
             with run.saving_model() as folder:
                 self.save(folder)
+            self.sampled.write(run)
         return run.folder / "model"
 
+    def log_evaluation(self, run: Run, step: int, sampled: dict[str, float]) -> None:
+        """What samples were worth, beside the numbers of the held-out responses, if any."""
+        found = dict(sampled)
+        if self.held_out.examples:
+            with run.meter.phase("evaluate"):
+                found = self.evaluate() | found
+        if found:
+            run.log(step, "eval", found)
+
     def stateful(self) -> Stateful:
-        inputs = Inputs(data=self.train.examples)
-        return Stateful({"policy": self.policy}, {"optimizer": self.optimizer, "inputs": inputs})
+        others = {"optimizer": self.optimizer, "inputs": Inputs(data=self.train.examples)}
+        return Stateful({"policy": self.policy}, others | {"sampled": self.sampled})
 
     def update(self, run: Run, step: int, batch: list[int]) -> dict[str, float]:
         """One optimizer step on the samples of a batch; its numbers."""
