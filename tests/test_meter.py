@@ -85,7 +85,7 @@ def test_the_next_step_begins_at_nothing(clock):
     assert (total["tokens"], total["flops"], total["joules"]) == (20, 8.0, 20.0)
 
 
-def test_evaluations_and_checkpoints_are_no_part_of_a_step(clock):
+def test_what_only_measures_or_saves_is_no_part_of_a_step(clock):
     run = started()
     for outside in meter.OUTSIDE:
         with run.phase(outside):
@@ -98,7 +98,7 @@ def test_evaluations_and_checkpoints_are_no_part_of_a_step(clock):
     assert (found["tokens"], found["tokens_per_s"], found["joules"]) == (10, 5.0, 0.0)
     assert not any("evaluate" in key or "checkpoint" in key for key in found)
     assert run.summary()["phases"]["evaluate"]["joules"] == 450.0
-    assert run.summary()["total"]["seconds"] == 102.0
+    assert run.summary()["total"]["seconds"] == 152.0
 
 
 def test_a_phase_within_a_phase_belongs_to_the_outer_one(clock):

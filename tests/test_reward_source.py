@@ -157,6 +157,8 @@ def test_what_a_report_says_of_it(folder: str, file: Callable) -> None:
                 "statistic": "lcb",
                 "coef": 0.5,
                 "n_heads": 3,
+                "n_models": 1,
+                "n_parameters": sum(p.numel() for p in RewardEnsemble.load(folder).parameters()),
                 "sha256": heads,
             },
             {"name": "mine.f", "weight": 0.5, "path": path, "sha256": was},
@@ -204,7 +206,9 @@ def test_two_files_of_one_name(file: Callable, tmp_path: Path) -> None:
         ("mine.py", "expected the name of a function too, as in mine.py:reward"),
         ("much*mine.py:f", "--reward much*mine.py:f: expected a number before the *, got much"),
         ("nan*mine.py:f", "expected a number before the *, got nan"),
-        ("one,two", "expected at most one reward ensemble"),
+        ("one,two", "expected at most one reward ensemble; the heads of several models"),
+        ("one+one", "--reward one+one: expected different folders with a + between them"),
+        ("one+", "--reward one+: expected different folders"),
         ("a/mine.py:f,2*b/mine.py:f", "mine.f is there more than once"),
     ],
 )
@@ -305,7 +309,8 @@ def test_long_texts_are_cut_in_messages(file: Callable) -> None:
 
 def test_an_ensemble_of_broken_weights(folder: str) -> None:
     reward = source(folder)
-    reward.ensemble.weight.data[1, 0] = float("nan")  # type: ignore[union-attr]
+    assert isinstance(reward.ensemble, RewardEnsemble)
+    reward.ensemble.weight.data[1, 0] = float("nan")
     with pytest.raises(Stopped, match="the reward ensemble .* gave nan for response 1 of 6: 'r'"):
         reward.score(rollouts(), ["p"] * 6, ["r"] * 6)
 

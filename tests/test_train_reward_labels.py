@@ -253,8 +253,8 @@ def test_doubtful_labels(model, judge, data, tmp_path, recorded, caplog, name):
 
 def test_how_far_heads_differ():
     """Margins (1, 2, 3), twice that, and their negatives: correlations 1, -1 and -1."""
-    rejected = torch.zeros(3, 3)
-    chosen = torch.tensor([[1.0, 2.0, -1.0], [2.0, 4.0, -2.0], [3.0, 6.0, -3.0]])
+    rejected = torch.zeros(9, 3)
+    chosen = torch.tensor([[1.0, 2.0, -1.0], [2.0, 4.0, -2.0], [3.0, 6.0, -3.0]]).repeat(3, 1)
     found = differences(chosen, rejected)
     assert found["heads/correlation"] == pytest.approx(-1 / 3)
     # Head 2 says the least of every chosen one; of the rejected ones all say 0: the first.

@@ -24,11 +24,16 @@ import torch
 from torch import Tensor
 
 from fastalign.commands.answers import Answers, AnswersConfig, account, read_lines, write_lines
-from fastalign.data import source
 from fastalign.models import load_tokenizer
 from fastalign.theory import best_of_n_curve, best_of_n_kl_bound, best_of_n_kl_estimate
 from fastalign.train import repeat, strict_json
-from fastalign.train.reward_source import RewardSource, make_reward
+from fastalign.train.reward_source import (
+    Gold,
+    RewardSource,
+    make_gold,
+    make_reward,
+    measure_gold,
+)
 from fastalign.train.run import (
     RunError,
     at_least,
@@ -60,6 +65,9 @@ class BestOfNConfig(AnswersConfig):
     """Statistic of the reward ensemble, where it is not to be the one it was saved with."""
     coef: float | None = None
     """Coefficient of lcb and uwo, likewise."""
+    gold: str | None = None
+    """What is measured of every answer beside the reward: anything that --reward may be, or gold,
+    the built-in task's, which is the default with its prompts."""
     n: int = 16
     """N, answers to each prompt."""
     curve: bool = False
@@ -79,13 +87,15 @@ def run(config: BestOfNConfig) -> Path:
     """Samples, scores, selects; the folder of the results."""
     folder = Path(config.output)
     claim_folder(folder, overwrite=config.overwrite, reuse=config.resume is not None)
-    rewards = make_reward(config, load_tokenizer(config.policy), choose_device(config.device))
-    answers = Answers(config, room=rewards.max_length)
+    tokenizer, device = load_tokenizer(config.policy), choose_device(config.device)
+    rewards, gold = make_reward(config, tokenizer, device), make_gold(config, tokenizer, device)
+    readers = [source for source in (rewards, gold) if isinstance(source, RewardSource)]
+    answers = Answers(config, room=min(source.max_length for source in readers))
     if config.overwrite:
         clear_folder(folder)
     write_config(folder, config)
     answers.meter.start()
-    records = sample(config, answers, rewards, folder)
+    records = sample(config, answers, rewards, gold, folder)
     proxy = table(records, config.n, "reward")
     best = proxy.argmax(1).tolist()
     selected = [{**records[i * config.n + k], "n": config.n} for i, k in enumerate(best)]
@@ -110,10 +120,13 @@ def run(config: BestOfNConfig) -> Path:
 
 
 def sample(
-    config: BestOfNConfig, answers: Answers, rewards: RewardSource, folder: Path
+    config: BestOfNConfig,
+    answers: Answers,
+    rewards: RewardSource,
+    gold: Gold | None,
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """All answers with their rewards, prompt after prompt; written as they come."""
-    gold = source.gold_for(config.prompts)
     path = folder / SAMPLES
     chunk = max(1, config.sampling.batch_size // config.n) * config.n
     records = read_lines(path)
@@ -125,15 +138,19 @@ def sample(
     for rollouts in answers.draw(config.n, first=whole):
         prompts = [answers.prompt(r).text for r in rollouts]
         texts = [answers.text(r) for r in rollouts]
+        plain = [answers.plain(r) for r in rollouts]
         with answers.meter.phase("score"):
-            scored = rewards.score([answers.plain(r) for r in rollouts], prompts, texts)
+            scored = rewards.score(plain, prompts, texts)
+        if gold is not None:
+            with answers.meter.phase("gold"):
+                golds = measure_gold(gold, plain, prompts, texts).tolist()
         new = []
         for i, rollout in enumerate(rollouts):
             more: dict[str, Any] = {"reward": scored.total[i].item()}
             if scored.scores is not None:
                 more["heads"] = scored.scores[i].tolist()
             if gold is not None:
-                more["gold"] = gold(prompts[i], texts[i])
+                more["gold"] = golds[i]
             new.append(answers.record(rollout, **more, i=rollout.prompt_index))
         write_lines(path, new, "a")
         records += new

@@ -187,7 +187,12 @@ def _of_reward(config: CriticOptions, tokenizer: Any) -> OwnCritic:
             f"critic reward begins as a reward ensemble, and --reward {config.reward} has none; "
             "expected critic trunk or separate"
         )
-    folder = entries[0].path
+    folder, *others = entries[0].folders
+    if others:
+        raise RunError(
+            f"critic reward begins as one reward model, and --reward {config.reward} has "
+            f"{1 + len(others)} with an encoder each; expected critic trunk or separate"
+        )
     ensemble = RewardEnsemble.load(folder)
     check_same_tokenizer(tokenizer, load_tokenizer(folder), config.policy, folder)
     check_causal(ensemble.encoder, folder)

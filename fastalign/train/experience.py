@@ -6,7 +6,6 @@ a token is the position before it, so row t of `values` is V(prompt + tokens bef
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -20,11 +19,10 @@ from fastalign.models import Policy
 from fastalign.models.flops import forward_flops
 from fastalign.rollout import Engine, Rollout, SamplingConfig
 from fastalign.train import distributed
+from fastalign.train.head_diversity import correlation
 from fastalign.train.meter import Meter
-from fastalign.train.reward_source import RewardSource
+from fastalign.train.reward_source import Gold, RewardSource, measure_gold
 from fastalign.train.run import RunError, autocast
-
-Gold = Callable[[str, str], float]
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,7 @@ class Experience:
         if self.scores is not None:
             if self.scores.shape[1] > 1:
                 found["reward/disagreement"] = self.scores.std(1).mean().item()
+                found |= correlation(self.scores)
             for k, mean in enumerate(self.scores.mean(0).tolist()):
                 found[f"reward/head_{k}"] = mean
         if len(self.parts) > 1:
@@ -156,7 +155,7 @@ class Collector:
         sampling: how to draw.
         micro_tokens: tokens of one forward pass.
         dtype: of the forward passes, as in the configuration.
-        gold: (prompt text, response text) -> reward, where there is one.
+        gold: what is measured beside the reward, where there is one.
     """
 
     def __init__(
@@ -212,9 +211,10 @@ class Collector:
         with meter.phase("generate"):
             meter.count(found.tokens, flops=passes)
         with meter.phase("score"):
-            if self.reward.ensemble is not None:
-                flops = forward_flops(self.reward.ensemble, found.lengths, len(found.rollouts))
-                meter.count(flops=flops)
+            meter.count(flops=self.reward.flops(found.lengths))
+        if isinstance(self.gold, RewardSource):
+            with meter.phase("gold"):
+                meter.count(flops=self.gold.flops(found.lengths))
         with meter.phase("reference"):
             meter.count(flops=passes)
 
@@ -239,10 +239,10 @@ class Collector:
             asked = [texts[r.prompt_index] for r in rollouts]
             answered = [self.text(r.completion) for r in rollouts]
             judged = self.reward.score(rollouts, asked, answered)
-            gold = None
-            if self.gold is not None:
-                pairs = zip(asked, answered, strict=True)
-                gold = torch.tensor([self.gold(*pair) for pair in pairs], dtype=torch.float64)
+        gold = None
+        if self.gold is not None:
+            with phase("gold"):
+                gold = measure_gold(self.gold, rollouts, asked, answered)
         with phase("reference"):
             ref_logp, _ = self.logprobs(self.reference, rollouts)
         ends = torch.tensor([len(r.completion) for r in rollouts]).cumsum(0)

@@ -20,16 +20,15 @@ from fastalign import losses
 from fastalign.data import source
 from fastalign.data.tokens import TokenizedCompletion
 from fastalign.models import Policy, load_tokenizer
-from fastalign.models.flops import forward_flops
 from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.rollout import Rollout
 from fastalign.train import distributed
 from fastalign.train.asking import Asking
 from fastalign.train.kept import Kept, key_of
 from fastalign.train.meter import Meter
-from fastalign.train.reward_source import RewardSource, make_reward
+from fastalign.train.reward_source import GOLD, RewardSource, make_reward
 from fastalign.train.run import Run, RunError, at_least, check_context, choose_device, forward_dtype
-from fastalign.train.sampled import GOLD, Request, Sampled
+from fastalign.train.sampled import Request, Sampled
 from fastalign.train.setup import load_policy
 from fastalign.train.supervised import Samples, Supervised, SupervisedConfig, read, tokenize
 
@@ -132,9 +131,8 @@ class Scorer:
         rollouts = [Rollout(i, e.prompt, e.completion, [], True) for i, e in enumerate(examples)]
         with meter.phase("score"):
             scored = self.reward.score(rollouts, prompts, responses)
-            if self.reward.ensemble is not None:
-                lengths = [len(e.prompt) + len(e.completion) for e in examples]
-                meter.count(flops=forward_flops(self.reward.ensemble, lengths, len(lengths)))
+            lengths = [len(e.prompt) + len(e.completion) for e in examples]
+            meter.count(flops=self.reward.flops(lengths))
         return Labels(scored.total.double(), scored.scores)
 
 

@@ -28,7 +28,7 @@ from fastalign.train.distributed import world
 
 log = logging.getLogger("fastalign")
 
-OUTSIDE = ("evaluate", "checkpoint")
+OUTSIDE = ("evaluate", "checkpoint", "gold")
 """Phases that are no part of a step: a step's seconds and rates leave them out."""
 
 # Dense peak FLOP/s without sparsity, from the makers' data sheets: bf16, fp32 (no TF32). The first

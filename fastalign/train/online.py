@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalign.data import source
 from fastalign.models import Policy, RewardEnsemble, load_tokenizer
 from fastalign.models.reward import check_same_tokenizer
 from fastalign.ops.kl_estimate import KINDS
@@ -33,10 +32,11 @@ from fastalign.train.engine import make_engine, seed_draws
 from fastalign.train.evaluate import Evaluation, Evaluations, evaluate
 from fastalign.train.experience import Collector, Experience
 from fastalign.train.guards import GuardConfig, Guards
+from fastalign.train.head_diversity import warn_of_statistic
 from fastalign.train.kl_control import make_controller
 from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.prompts import choose_prompts, load_prompts
-from fastalign.train.reward_source import make_reward
+from fastalign.train.reward_source import RewardSource, make_gold, make_reward
 from fastalign.train.run import Run, RunError, Stateful, at_least, begin
 from fastalign.train.same_run import Inputs
 from fastalign.train.setup import load_policy
@@ -60,6 +60,9 @@ class OnlineConfig(OptimConfig):
     """Folder of a reward ensemble, FILE.py:FUNCTION, or a sum: runs/reward/model,0.5*my.py:fn."""
     judge: str | None = None
     """Folder of a second reward ensemble, used in the evaluation only."""
+    gold: str | None = None
+    """What is measured of every response beside the reward, and never learned from: anything that
+    --reward may be, or gold: the built-in task's, which is the default with its prompts."""
     statistic: str | None = None
     """Statistic of the reward ensemble, where it is not to be the one it was saved with."""
     coef: float | None = None
@@ -247,7 +250,9 @@ def train(config: OnlineConfig, method: Method) -> Path:
     )
     reference = policy.frozen_copy()
     critic = method.make_critic(policy, tokenizer, device)
-    context = min(m.max_length for m in (policy, reward, judge) if m is not None)
+    gold = make_gold(config, tokenizer, device)
+    readers = [m for m in (reward, judge, gold) if isinstance(m, RewardSource | RewardEnsemble)]
+    context = min(m.max_length for m in (policy, *readers))
     room = context - config.sampling.max_new_tokens
     if room < 1:
         raise RunError(
@@ -273,7 +278,7 @@ def train(config: OnlineConfig, method: Method) -> Path:
         config.sampling,
         config.micro_tokens,
         config.dtype,
-        source.gold_for(config.prompts),
+        gold,
     )
 
     def judged() -> Evaluation:
@@ -315,6 +320,8 @@ def train(config: OnlineConfig, method: Method) -> Path:
             with run.meter.phase("evaluate"):
                 evaluations.before = judged()
             run.log(0, "eval", evaluations.before.numbers)
+            if reward.ensemble is not None:
+                warn_of_statistic(evaluations.before.numbers, reward.ensemble.config.statistic)
             seed_draws(config.seed, "sampling")
             if critic is not None and method.critic_steps > 0:
                 rounds, wanted = [collect(1)], method.critic_steps * config.batch_tokens / PASSES

@@ -28,14 +28,15 @@ from fastalign.models.flops import training_flops
 from fastalign.models.reward import EnsembleConfig
 from fastalign.streams import stream
 from fastalign.train import distributed
+from fastalign.train.head_diversity import warn_of_one_head
 from fastalign.train.label_noise import Labels, relabel, strength
 from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.reward_evaluation import (
     evaluate,
+    out_of_distribution,
     packed,
     pair_length,
     score_pairs,
-    warn_of_one_head,
 )
 from fastalign.train.run import (
     Run,
@@ -401,9 +402,10 @@ def train(config: RewardConfig) -> Path:
                     ensemble.standardise(torch.cat(score_pairs(ensemble, pairs[:500], *passes)))
                 if held_out and (step % config.eval_every == 0 or step == len(schedule)):
                     found = evaluate(ensemble, held_out, *passes)
-                    run.log(step, "eval", found)
                     if step == len(schedule):
+                        found |= out_of_distribution(ensemble, held_out, config.seed, *passes)
                         warn_of_one_head(found)
+                    run.log(step, "eval", found)
             run.end_step(step)
         with run.saving_model() as folder:
             whole = distributed.unsharded(ensemble)

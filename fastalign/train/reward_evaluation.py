@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import torch
@@ -12,12 +11,8 @@ from fastalign import ops
 from fastalign.data.packing import Packed, pack, token_budget_batches
 from fastalign.data.tokens import TokenizedPreference
 from fastalign.models import RewardEnsemble
+from fastalign.train.head_diversity import correlation, shuffled
 from fastalign.train.run import autocast
-
-log = logging.getLogger("fastalign")
-
-ONE_HEAD = 0.999
-"""Correlation of margins above which heads count as one."""
 
 
 def packed(pairs: list[TokenizedPreference]) -> Packed:
@@ -75,21 +70,24 @@ def differences(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
     r_l, mean over all two; and "argmin/head_k", the share of responses of which head k says the
     least (of heads that are not standardised yet, the one with the lowest offset)."""
     heads = chosen.shape[1]
-    table = torch.corrcoef((chosen - rejected).double().T)
-    others = ~torch.eye(heads, dtype=torch.bool)
-    found = {"heads/correlation": float(table[others].mean())}
+    found = correlation(chosen - rejected)
     lowest = torch.cat([chosen, rejected]).argmin(1).bincount(minlength=heads).double()
     shares = (lowest / lowest.sum()).tolist()
     return found | {f"argmin/head_{k}": share for k, share in enumerate(shares)}
 
 
-def warn_of_one_head(metrics: dict[str, float]) -> None:
-    """Says where an ensemble has become K copies of one head."""
-    correlation = metrics.get("heads/correlation", 0.0)
-    if correlation > ONE_HEAD:
-        log.warning(
-            "the heads have become one: their margins on held-out pairs correlate at %.5f, and "
-            "min, median and mean say the same. On a frozen encoder each head's problem is convex: "
-            "train fewer steps, or with --bootstrap resample",
-            correlation,
-        )
+def out_of_distribution(
+    ensemble: RewardEnsemble,
+    pairs: list[TokenizedPreference],
+    seed: int,
+    micro_tokens: int,
+    dtype: str,
+) -> dict[str, float]:
+    """How far the heads differ on responses unlike those of the data: the pairs' own with their
+    tokens in random order. "disagreement/shuffled" and "heads/correlation/shuffled" beside
+    `evaluate`'s "disagreement" and "heads/correlation"; nothing of one head, or of one pair."""
+    if ensemble.config.n_heads == 1 or len(pairs) < 2:
+        return {}
+    chosen, rejected = score_pairs(ensemble, shuffled(pairs, seed), micro_tokens, dtype)
+    found = correlation(chosen - rejected, "heads/correlation/shuffled")
+    return found | {"disagreement/shuffled": torch.cat([chosen, rejected]).std(1).mean().item()}

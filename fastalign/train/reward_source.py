@@ -5,6 +5,7 @@
     runs/reward/model                     the statistic of a reward ensemble
     my_rewards.py:brevity                 a function in a Python file
     runs/reward/model,0.5*my_rewards.py:brevity
+    runs/r0/model+runs/r1/model           the statistic over the heads of several reward models
 
 A function takes all responses at once, as texts without special tokens, and gives a number each:
 
@@ -34,24 +35,42 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastalign.data import source
 from fastalign.data.packing import pack, token_budget_batches
 from fastalign.models import RewardEnsemble, load_tokenizer
+from fastalign.models.flops import forward_flops
+from fastalign.models.full_ensemble import FullEnsemble
 from fastalign.models.reward import HEADS_FILE, EnsembleConfig, check_same_tokenizer
 from fastalign.rollout import Rollout
 from fastalign.train.run import RunError, Stopped, autocast
 
 Function = Callable[[list[str], list[str]], Any]
+Ensemble = RewardEnsemble | FullEnsemble
+GOLD = "gold"
+"""What `--gold` and, on given responses, `--reward` call the built-in task's gold reward."""
 
 
-class RewardOptions(Protocol):
-    """What of a command's configuration is read here."""
+class ModelOptions(Protocol):
+    """What of a command's configuration every reward needs."""
+
+    policy: str
+    micro_tokens: int
+    dtype: str
+
+
+class RewardOptions(ModelOptions, Protocol):
+    """What is read of a configuration that learns from a reward."""
 
     reward: str
     statistic: str | None
     coef: float | None
-    policy: str
-    micro_tokens: int
-    dtype: str
+
+
+class GoldOptions(ModelOptions, Protocol):
+    """What is read of a configuration that measures a gold reward."""
+
+    gold: str | None
+    prompts: str
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class Entry:
 
     weight: float
     path: str
-    """Of the ensemble's folder, or of the Python file."""
+    """Of the ensemble's folder (several: joined by +), or of the Python file."""
     function: str | None
     """Its name in the file; None for an ensemble."""
 
@@ -69,13 +88,18 @@ class Entry:
         """Of its metrics: ensemble, or FILE.FUNCTION."""
         return "ensemble" if self.function is None else f"{Path(self.path).stem}.{self.function}"
 
+    @property
+    def folders(self) -> list[str]:
+        """Of the reward models; a folder with a + in its name is one when it is there."""
+        return [self.path] if Path(self.path).is_dir() else self.path.split("+")
 
-def parse_reward(text: str) -> list[Entry]:
-    """The entries of `--reward`.
+
+def parse_reward(text: str, option: str = "--reward") -> list[Entry]:
+    """The entries of `--reward`, or of the option of that name.
 
     Raises:
         RunError: an empty entry, a weight that is not a finite number, a Python file without a
-            function's name, two ensembles, or the same function twice.
+            function's name, two ensembles, the same function or the same model twice.
     """
     entries = []
     for part in [text] if Path(text).is_dir() else text.split(","):
@@ -85,23 +109,29 @@ def parse_reward(text: str) -> list[Entry]:
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise RunError(f"--reward {part.strip()}: expected a number before the *, got {weight}")
+            raise RunError(f"{option} {part.strip()}: expected a number before the *, got {weight}")
         path = path.strip()
         if not path:
-            raise RunError(f"--reward {text!r}: expected a folder or FILE.py:FUNCTION, got nothing")
+            raise RunError(f"{option} {text!r}: expected a folder or FILE.py:FUNCTION, got nothing")
         found = re.fullmatch(r"(.+\.py):(\w+)", path)
         if found is None and path.endswith((".py", ".py:")):
             raise RunError(
-                f"--reward {path}: expected the name of a function too, as in "
+                f"{option} {path}: expected the name of a function too, as in "
                 f"{path.rstrip(':')}:reward"
             )
         entries.append(Entry(number, found[1], found[2]) if found else Entry(number, path, None))
+        folders = [] if found else [folder.strip() for folder in entries[-1].folders]
+        if not all(folders) or len(set(folders)) < len(folders):
+            raise RunError(f"{option} {path}: expected different folders with a + between them")
     names = [entry.name for entry in entries]
     if names.count("ensemble") > 1:
-        raise RunError(f"--reward {text}: expected at most one reward ensemble")
+        raise RunError(
+            f"{option} {text}: expected at most one reward ensemble; the heads of several models "
+            "are one with a + between the folders, as in A+B"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise RunError(f"--reward {text}: {', '.join(twice)} is there more than once")
+        raise RunError(f"{option} {text}: {', '.join(twice)} is there more than once")
     return entries
 
 
@@ -128,28 +158,66 @@ def make_reward(config: RewardOptions, tokenizer: Any, device: torch.device) -> 
             such file or function, or a file that fails while it is read.
     """
     entries = parse_reward(config.reward)
+    return _made(entries, config, config.statistic, config.coef, tokenizer, device, "--reward")
+
+
+def make_gold(config: GoldOptions, tokenizer: Any, device: torch.device) -> Gold | None:
+    """What `config.gold` names: `gold`, the built-in task's (by default where the prompts are its),
+    or anything that `--reward` may be, an ensemble with its own statistic.
+
+    Raises:
+        UserError: see `make_reward`; or gold for prompts that are not the built-in task's.
+    """
+    if config.gold not in (None, GOLD):
+        entries = parse_reward(config.gold, "--gold")
+        return _made(entries, config, None, None, tokenizer, device, "--gold")
+    gold = source.gold_for(config.prompts)
+    if gold is None and config.gold == GOLD:
+        raise RunError(
+            f"--gold gold is the built-in task's; the prompts {config.prompts} have none: expected "
+            "the folder of a reward ensemble or FILE.py:FUNCTION"
+        )
+    return gold
+
+
+def _made(
+    entries: list[Entry],
+    config: ModelOptions,
+    statistic: str | None,
+    coef: float | None,
+    tokenizer: Any,
+    device: torch.device,
+    option: str,
+) -> RewardSource:
     ensemble = None
     functions: dict[str, Function] = {}
     for entry in entries:
         if entry.function is None:
-            ensemble = load_ensemble(config, entry.path, tokenizer).to(device)
+            ensemble = load_ensemble(entry.folders, statistic, coef, tokenizer, config.policy)
+            ensemble.to(device)
         else:
-            functions[entry.name] = load_function(entry.path, entry.function)
+            functions[entry.name] = load_function(entry.path, entry.function, option)
     return RewardSource(entries, ensemble, functions, config.micro_tokens, config.dtype)
 
 
-def load_ensemble(config: RewardOptions, folder: str, tokenizer: Any) -> RewardEnsemble:
-    """The ensemble with the statistic asked for, frozen, on the policy's tokenizer."""
-    ensemble = RewardEnsemble.load(folder)
-    check_same_tokenizer(tokenizer, load_tokenizer(folder), config.policy, folder)
-    kept = asdict(ensemble.config)
-    kept |= {"statistic": config.statistic or kept["statistic"]}
-    kept |= {"coef": kept["coef"] if config.coef is None else config.coef}
-    ensemble.config = EnsembleConfig(**kept)
-    return ensemble.requires_grad_(False).eval()
+def load_ensemble(
+    folders: list[str], statistic: str | None, coef: float | None, tokenizer: Any, policy: str
+) -> Ensemble:
+    """The reward models with the statistic asked for, frozen, on the tokenizer of `policy`."""
+    models = []
+    for folder in folders:
+        models.append(RewardEnsemble.load(folder))
+        check_same_tokenizer(tokenizer, load_tokenizer(folder), policy, folder)
+    if len(models) > 1:
+        return FullEnsemble(models, statistic, coef).requires_grad_(False).eval()
+    kept = asdict(models[0].config)
+    kept |= {"statistic": statistic or kept["statistic"]}
+    kept |= {"coef": kept["coef"] if coef is None else coef}
+    models[0].config = EnsembleConfig(**kept)
+    return models[0].requires_grad_(False).eval()
 
 
-def load_function(path: str, name: str) -> Function:
+def load_function(path: str, name: str, option: str = "--reward") -> Function:
     """A function in a Python file.
 
     Raises:
@@ -158,14 +226,14 @@ def load_function(path: str, name: str) -> Function:
     try:
         module = _module(Path(path))
     except OSError as error:
-        raise RunError(f"--reward {path}:{name}: {path}: {error.strerror}") from error
+        raise RunError(f"{option} {path}:{name}: {path}: {error.strerror}") from error
     except Exception as error:
-        raise RunError(f"--reward {path}:{name}: {path} fails: {_told(error, path)}") from error
+        raise RunError(f"{option} {path}:{name}: {path} fails: {_told(error, path)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         here = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
         raise RunError(
-            f"--reward {path}:{name}: {path} has no function {name}; it has "
+            f"{option} {path}:{name}: {path} has no function {name}; it has "
             f"{', '.join(here) or 'none'}"
         )
     return function
@@ -192,7 +260,7 @@ class RewardSource:
     def __init__(
         self,
         entries: list[Entry],
-        ensemble: RewardEnsemble | None,
+        ensemble: Ensemble | None,
         functions: dict[str, Function],
         micro_tokens: int,
         dtype: str,
@@ -227,8 +295,19 @@ class RewardSource:
             if entry.function is None and self.ensemble is not None:
                 kept = asdict(self.ensemble.config)
                 facts |= {name: kept[name] for name in ("statistic", "coef", "n_heads")}
+                facts["n_models"] = len(entry.folders)
+                facts["n_parameters"] = sum(p.numel() for p in self.ensemble.parameters())
             described.append(facts | {"sha256": self.digests[entry.name]})
         return {"proxy": self.label, "reward": described}
+
+    def flops(self, lengths: list[int]) -> float:
+        """Model FLOPs of scoring sequences of these lengths."""
+        if self.ensemble is None:
+            return 0.0
+        models = (
+            self.ensemble.members if isinstance(self.ensemble, FullEnsemble) else [self.ensemble]
+        )
+        return sum(forward_flops(model, lengths, len(lengths)) for model in models)
 
     def score(
         self, rollouts: list[Rollout], prompt_texts: list[str], response_texts: list[str]
@@ -272,16 +351,36 @@ class RewardSource:
         return Scored(total.float(), scores, parts)
 
 
+Gold = RewardSource | Callable[[str, str], float]
+"""A reward to measure, never to learn from: a source, or a function of a prompt and a response."""
+
+
+def measure_gold(gold: Gold, rollouts: list[Rollout], asked: list[str], told: list[str]) -> Tensor:
+    """fp64 [S]: gold rewards of S responses. Whatever the gold reward draws from torch's random
+    stream, sampling goes on as if it had not been measured.
+
+    Raises:
+        Stopped, ValueError: see `RewardSource.score`.
+    """
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cuda):
+        if isinstance(gold, RewardSource):
+            return gold.score(rollouts, asked, told).total.double()
+        pairs = zip(asked, told, strict=True)
+        return torch.tensor([gold(*pair) for pair in pairs], dtype=torch.float64)
+
+
 def _digest(entry: Entry) -> str:
-    """SHA-256 of a function's file, or of an ensemble's heads."""
-    path = Path(entry.path)
-    file = path / HEADS_FILE if entry.function is None else path
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    """SHA-256 of a function's file, or of the heads of the reward models, one after the other."""
+    paths = [Path(entry.path)]
+    if entry.function is None:
+        paths = [Path(folder) / HEADS_FILE for folder in entry.folders]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 @torch.no_grad()
 def score_packed(
-    ensemble: RewardEnsemble, rollouts: list[Rollout], micro_tokens: int, dtype: str
+    ensemble: Ensemble, rollouts: list[Rollout], micro_tokens: int, dtype: str
 ) -> Tensor:
     """fp32 [S, K]: every head on every response, read at its last token; on the CPU.
 
@@ -290,7 +389,7 @@ def score_packed(
         dtype: of it, as in the configuration.
     """
     ensemble.eval()
-    device = ensemble.weight.device
+    device = next(ensemble.parameters()).device
     found = torch.empty(len(rollouts), ensemble.config.n_heads)
     sequences = [r.prompt + r.completion for r in rollouts]
     for batch in token_budget_batches([len(s) for s in sequences], micro_tokens):

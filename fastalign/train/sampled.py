@@ -31,12 +31,11 @@ from fastalign.train.checkpoint import random_state, set_random_state
 from fastalign.train.engine import seed_draws, whole_engine
 from fastalign.train.evaluate import Evaluation, Evaluations, evaluate
 from fastalign.train.experience import Collector
-from fastalign.train.reward_source import Entry, RewardSource, make_reward, parse_reward
+from fastalign.train.reward_source import GOLD, Entry, RewardSource, make_reward, parse_reward
 from fastalign.train.run import Run, RunError
 
 log = logging.getLogger("fastalign")
 
-GOLD = "gold"
 START = "the start"
 PROXY = "reward/proxy"
 
