@@ -84,8 +84,9 @@ def model_of(run: Path, step: int, model: str) -> Path:
     """A folder that transformers loads, with the weights of a checkpoint."""
     folder = run / f"after-{step}"
     shutil.copytree(model, folder)
-    saved = load_file(run / "checkpoints" / f"step-{step:06d}" / "weights.safetensors")
-    own = {name.removeprefix("policy.model."): x for name, x in saved.items()}
+    saved = load_file(run / "checkpoints" / f"step-{step:06d}" / "shard-00001.safetensors")
+    of_model = [name for name in saved if name.startswith("policy.model.")]
+    own = {name.removeprefix("policy.model."): saved[name] for name in of_model}
     save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -139,7 +139,7 @@ def check_words() -> Any:
     distributed.shard(policy, "hidden")
     part = distributed.local(policy.head_weight).shape[0]
     with torch.no_grad():
-        policy.head_weight.copy_(distributed.like(2 * weights[0], policy.head_weight))
+        policy.head_weight.mul_(2)
     weights[0] *= 2
     saved: Any = distributed.unsharded(policy)
     assert (saved is None) == (here.rank > 0)
@@ -173,6 +173,76 @@ def check_words() -> Any:
         "split": [value for value, _ in both],
         "split by": [rank for _, rank in both],
         "error": error,
+    }
+
+
+def trainee(tied: bool = True) -> Any:
+    """A policy, sharded where there are several processes, with its AdamW; and what holds both."""
+    from fastalign.train import distributed
+    from fastalign.train.optim import OptimConfig, Optimizer
+    from fastalign.train.run import Stateful
+
+    policy = tiny_policy(tied)
+    distributed.shard(policy, "hidden")
+    optimizer = Optimizer(OptimConfig(), policy, 10)
+    return policy, optimizer, Stateful({"policy": policy}, {"optimizer": optimizer})
+
+
+def held(policy: Any, optimizer: Any) -> dict[str, Any]:
+    """Whole weights and moments."""
+    from fastalign.train import distributed
+
+    found = dict(policy.state_dict()) | optimizer.tensors()
+    return {name: distributed.whole(tensor).clone() for name, tensor in found.items()}
+
+
+def check_checkpoint() -> Any:
+    """What two processes write and read; one that has no room, and one file that is damaged."""
+    import resource
+
+    from fastalign.data.packing import pack
+    from fastalign.train import checkpoint, distributed
+
+    folder, here = Path(sys.argv[2]) / "checkpoints", distributed.world()
+    policy, optimizer, stateful = trainee()
+    # A pass without gradients leaves embeddings and head gathered: still, shards are written.
+    for p in policy.parameters():
+        p.grad = (7.0 + 1e3 * p.detach()).sin()
+    optimizer.adam.step()
+    with torch.no_grad():
+        policy.hidden(pack([[1, 2, 3]]))
+    path = checkpoint.save(folder, stateful.capture(1), keep=2)
+    error = ""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not here.is_main:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        checkpoint.save(folder, stateful.capture(2), keep=2)
+    except OSError as full:
+        error = str(full.strerror)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again, its_optimizer, reader = trainee()
+    with torch.no_grad():
+        for p in again.parameters():
+            p.zero_()
+    reader.restore(checkpoint.load(path))
+    wrote, read = held(policy, optimizer), held(again, its_optimizer)
+    saved = {p.name: p.stat().st_size for p in path.iterdir()}
+    checkpoint.save(folder, stateful.capture(3), keep=2)
+    distributed.barrier()
+    if here.is_main:
+        last = folder / "step-000003" / "shard-00002.safetensors"
+        last.write_bytes(last.read_bytes()[:-9] + bytes(9))
+    distributed.barrier()
+    found, damaged = checkpoint.newest_intact(folder)
+    return {
+        "files": saved,
+        "wrote": wrote,
+        "equal": [wrote.keys() == read.keys()] + [bool((wrote[k] == read[k]).all()) for k in read],
+        "errors": [one for (one,) in distributed.gather([error])],
+        "folder": sorted(p.name for p in folder.iterdir()),
+        "newest": [one for (one,) in distributed.gather([found.step])],
+        "damaged": [one.split("/")[-1] for one in damaged],
     }
 
 
@@ -244,6 +314,8 @@ def check_online() -> Any:
 
 
 def main() -> None:
+    import methods_run
+
     from fastalign.train import distributed
 
     torch.set_num_threads(1)
@@ -252,6 +324,8 @@ def main() -> None:
         "steps": check_steps,
         "words": check_words,
         "online": check_online,
+        "checkpoint": check_checkpoint,
+        "methods": lambda: methods_run.check_methods(Path(sys.argv[2])),
     }
     result = checks[sys.argv[1]]()
     here = distributed.world()

@@ -341,7 +341,7 @@ def test_nan_loss_stops_before_the_weights_and_names_the_first_tensor(capsys, tm
     assert f"first seen in weight {broken} (first NaN among 98,304 values)" in found.line
     last = folder / "checkpoints" / "step-000002"
     assert found.line.endswith(f"Stopped before the update; the last good checkpoint is {last}")
-    weights = load_file(last / "weights.safetensors")
+    weights = load_file(last / "shard-00001.safetensors")
     assert all(torch.isfinite(t).all() for t in weights.values())
     steps = [json.loads(s)["step"] for s in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2]
@@ -436,14 +436,14 @@ def test_damaged_checkpoints(capsys, tmp_path, caplog):
     argv += ["--checkpoint_every", 1]
     cli.main([str(a) for a in argv])
     older, newer = sorted((folder / "checkpoints").iterdir())
-    weights = newer / "weights.safetensors"
+    weights = newer / "shard-00001.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     found = Failed(capsys, "train", "sft", "--resume", newer)
     assert found.status == 2
-    assert f"damaged checkpoint {newer}: weights.safetensors has" in found.line
+    assert f"damaged checkpoint {newer}: shard-00001.safetensors has" in found.line
     caplog.clear()
     cli.main(["train", "sft", "--output", str(folder), "--resume"])  # takes the one before, aloud
-    assert f"damaged checkpoint {newer}: weights.safetensors has" in caplog.text
+    assert f"damaged checkpoint {newer}: shard-00001.safetensors has" in caplog.text
     assert "taking the one before it" in caplog.text
     assert sorted((folder / "checkpoints").iterdir()) == [older, newer]
     for path in (older, newer):
@@ -461,7 +461,7 @@ def test_nothing_to_resume_is_said_before_any_work(capsys, tmp_path):
 
 def test_full_disk(capsys, tmp_path, monkeypatch):
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device", "weights.safetensors")
+        raise OSError(28, "No space left on device", "shard-00001.safetensors")
 
     monkeypatch.setattr("fastalign.train.checkpoint.save", full)
     found = Failed(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastalign.train import checkpoint
 from fastalign.train.checkpoint import Checkpoint, CheckpointError
@@ -18,13 +19,18 @@ def made(step, value=1.0):
     return Checkpoint(step, tensors, state)
 
 
+def tensors(path):
+    """Of a checkpoint of one process."""
+    return load_file(path / "shard-00001.safetensors")
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     shared = torch.randn(4, 4)
-    tensors = {
+    held = {
         "a": shared,
         "tied to a": shared,
         "strided": shared[:, ::2],
@@ -36,14 +42,16 @@ def test_what_is_saved_is_loaded(tmp_path):
         "deep": [{"x": deep}],
         "random": torch.get_rng_state(),
     }
-    path = checkpoint.save(tmp_path / "new" / "folder", Checkpoint(7, tensors, state), keep=1)
+    path = checkpoint.save(tmp_path / "new" / "folder", Checkpoint(7, held, state), keep=1)
     assert path.name == "step-000007"
-    assert names(path) == ["manifest.json", "state.pt", "weights.safetensors"]
+    assert names(path) == ["manifest.json", "shard-00001.safetensors", "state.pt"]
     again = checkpoint.load(path)
-    assert again.step == 7 and again.tensors.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(again.tensors[name], tensor)
-        assert again.tensors[name].dtype == tensor.dtype
+    assert again.step == 7
+    assert again.shapes() == {name: tuple(tensor.shape) for name, tensor in held.items()}
+    read = {name: torch.empty_like(tensor) for name, tensor in held.items()}
+    again.read(read)
+    for name, tensor in held.items():
+        assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
     x = again.state["deep"][0]["x"]
     assert x[:4] == deep[:4] and torch.equal(x[4], deep[4])
     assert torch.equal(again.state["random"], state["random"])
@@ -54,7 +62,7 @@ def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path):
     checkpoint.save(tmp_path, made(5), keep=2)
     partial = tmp_path / ".step-000010.partial"
     partial.mkdir()
-    (partial / "weights.safetensors").write_bytes(b"half")
+    (partial / "shard-00001.safetensors").write_bytes(b"half")
     assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000005"]
     found, damaged = checkpoint.newest_intact(tmp_path)
     assert found.step == 5 and damaged == []
@@ -82,7 +90,7 @@ def test_a_crash_while_writing_leaves_the_old_ones(tmp_path, monkeypatch, file):
         with pytest.raises(OSError, match="No space left"):
             checkpoint.save(tmp_path, made(6), keep=1)
     assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000005"]
-    assert checkpoint.load(tmp_path / "step-000005").tensors["policy.count"] == 5
+    assert tensors(tmp_path / "step-000005")["policy.count"] == 5
 
 
 def test_a_checkpoint_written_anew_replaces_its_elder_at_no_moment_to_none(tmp_path, monkeypatch):
@@ -105,10 +113,10 @@ def test_a_checkpoint_written_anew_replaces_its_elder_at_no_moment_to_none(tmp_p
     (tmp_path / ".step-000010.partial").mkdir()
     assert checkpoint.found(tmp_path) == []
     found, damaged = checkpoint.newest_intact(tmp_path)
-    assert (found.step, damaged) == (10, []) and found.tensors["policy.weight"][0, 0] == 1.0
+    assert (found.step, damaged) == (10, []) and tensors(found.path)["policy.weight"][0, 0] == 1.0
     checkpoint.save(tmp_path, made(11, 3.0), keep=2)  # what else was left goes with the next one
     assert names(tmp_path) == ["step-000010", "step-000011"]
-    assert checkpoint.load(tmp_path / "step-000010").tensors["policy.weight"][0, 0] == 1.0
+    assert tensors(tmp_path / "step-000010")["policy.weight"][0, 0] == 1.0
 
 
 def test_an_elder_that_was_not_deleted_goes_at_the_next_save(tmp_path, monkeypatch):
@@ -125,7 +133,7 @@ def test_an_elder_that_was_not_deleted_goes_at_the_next_save(tmp_path, monkeypat
     assert names(tmp_path) == [".step-000010.old", "step-000010"]
     checkpoint.save(tmp_path, made(12, 3.0), keep=2)
     assert names(tmp_path) == ["step-000010", "step-000012"]
-    assert checkpoint.load(tmp_path / "step-000010").tensors["policy.weight"][0, 0] == 2.0
+    assert tensors(tmp_path / "step-000010")["policy.weight"][0, 0] == 2.0
 
 
 def cut(path):
@@ -139,9 +147,17 @@ def flip(path):
 
 
 DAMAGES = {
-    "weights cut": ("weights.safetensors", cut, r"weights.safetensors has \d+ bytes, expected \d+"),
-    "weights flipped": ("weights.safetensors", flip, "weights.safetensors does not match"),
-    "weights missing": ("weights.safetensors", lambda p: p.unlink(), "weights.safetensors is miss"),
+    "weights cut": (
+        "shard-00001.safetensors",
+        cut,
+        r"shard-00001.safetensors has \d+ bytes, expected \d+",
+    ),
+    "weights flipped": ("shard-00001.safetensors", flip, "shard-00001.safetensors does not match"),
+    "weights missing": (
+        "shard-00001.safetensors",
+        lambda p: p.unlink(),
+        "shard-00001.safetensors is miss",
+    ),
     "state cut": ("state.pt", cut, r"state.pt has \d+ bytes, expected \d+"),
     "state flipped": ("state.pt", flip, "state.pt does not match its checksum"),
     "state missing": ("state.pt", lambda p: p.unlink(), "state.pt is missing"),
@@ -199,7 +215,7 @@ def test_going_back_removes_the_future_that_was_left(tmp_path):
         checkpoint.save(tmp_path, made(step, 1.0), keep=3)
     checkpoint.save(tmp_path, made(10, 2.0), keep=2)
     assert names(tmp_path) == ["step-000005", "step-000010"]
-    assert checkpoint.newest_intact(tmp_path)[0].tensors["policy.weight"][0, 0] == 2.0
+    assert tensors(checkpoint.newest_intact(tmp_path)[0].path)["policy.weight"][0, 0] == 2.0
 
 
 def test_every_random_state_comes_back(tmp_path):

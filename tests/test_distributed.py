@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from several_processes import LENGTHS, found, steps, tiny_policy, torchrun
+from several_processes import LENGTHS, found, held, steps, tiny_policy, torchrun, trainee
 from torch import nn
 
 from fastalign import cli
-from fastalign.train import distributed
+from fastalign.train import checkpoint, distributed
 from fastalign.train.distributed import Micro, micros, plan_micros, shares
 
 
@@ -67,11 +67,6 @@ def test_alone_a_module_is_whole() -> None:
     assert distributed.unsharded(policy) is policy
 
 
-def test_like_checks_shapes() -> None:
-    with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
-        distributed.like(torch.zeros(3), torch.zeros(2))
-
-
 def test_a_pass_that_does_not_count() -> None:
     assert Micro([0]).divisor(7) == 7
     assert Micro([0], counts=False).divisor(7) == math.inf
@@ -112,6 +107,30 @@ def test_two_processes_train_as_one_does(folder: Path) -> None:
         )
         for key, weight in one["weights"].items():
             torch.testing.assert_close(two[name]["weights"][key], weight, rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_of_two_processes(folder: Path) -> None:
+    """Each writes half; both read it back, and so does one alone. A disk that is full for the one
+    stops both."""
+    two = found("checkpoint", folder, 2)
+    shards = ["shard-00001.safetensors", "shard-00002.safetensors"]
+    assert sorted(two["files"]) == ["manifest.json", *shards, "state.pt"]
+    one, other = (two["files"][name] for name in shards)
+    whole = 3 * 4 * sum(p.numel() for p in tiny_policy(True).parameters())
+    assert whole < one + other < 1.5 * whole and abs(one - other) < 0.05 * whole
+    assert len(two["equal"]) > 20 and all(two["equal"])
+    assert two["errors"] == ["File too large"] * 2
+    assert two["folder"] == ["step-000001", "step-000003"]
+    assert two["newest"] == [1, 1]
+    assert two["damaged"] == ["step-000003: shard-00002.safetensors does not match its checksum"]
+    policy, optimizer, stateful = trainee()
+    stateful.restore(checkpoint.load(folder / "checkpoints" / "step-000001"))
+    alone = held(policy, optimizer)
+    assert alone.keys() == two["wrote"].keys()
+    for name, tensor in alone.items():
+        assert torch.equal(tensor, two["wrote"][name]), name
+    assert policy.head_weight is policy.model.get_input_embeddings().weight
+    assert all(state["step"] == 1 for state in optimizer.adam.state.values())
 
 
 def run(size: int, argv: list[str]) -> None:

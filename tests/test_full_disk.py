@@ -41,7 +41,9 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, big):
     with limit(20_000), pytest.raises(OSError, match=FULL):
         checkpoint.save(tmp_path, made(6, **{big: 10_000}), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
-    assert checkpoint.load(tmp_path / "step-000005").tensors["w"].tolist() == [1.0] * 4
+    held = torch.zeros(4)
+    checkpoint.load(tmp_path / "step-000005").read({"w": held})
+    assert held.tolist() == [1.0] * 4
     checkpoint.save(tmp_path, made(6, **{big: 10_000}), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
 

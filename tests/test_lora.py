@@ -320,9 +320,9 @@ def test_a_resumed_run_is_bit_for_bit_the_same_and_checkpoints_hold_no_base(
         ours, theirs = (load_file(tmp_path / run / "model" / name) for run in ("whole", "parts"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     newest = max((tmp_path / "whole" / "checkpoints").iterdir())
-    held = load_file(newest / "weights.safetensors")
+    held = load_file(newest / "shard-00001.safetensors")
     assert all("lora_" in n for n in held if n != "policy.model.base_fingerprint")
-    moved = [t.abs().max() for n, t in held.items() if "lora_B" in n]
+    moved = [t.abs().max() for n, t in held.items() if "lora_B" in n and n.startswith("policy.")]
     assert len(moved) == 14 and all(m > 1e-3 for m in moved)
     # With other base weights the adapter would mean something else; without LoRA there is none.
     other = tmp_path / "other"

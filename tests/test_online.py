@@ -221,7 +221,7 @@ def test_a_critic_of_its_own_is_trained_and_kept(road, tmp_path):
     (line,) = lines_of(tmp_path / "awr", "critic")
     assert line["step"] == 0 and math.isfinite(line["value/pretrain_loss"])
     (checkpoint,) = (tmp_path / "awr" / "checkpoints").iterdir()
-    tensors = load_file(checkpoint / "weights.safetensors")
+    tensors = load_file(checkpoint / "shard-00001.safetensors")
     critic = {k: t for k, t in tensors.items() if k.startswith("critic.")}
     assert "critic.head.weight" in critic and "policy.value_head.up.weight" not in tensors
     start = load_file(road / "reward" / "model" / "model.safetensors")

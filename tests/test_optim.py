@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from fastalign.train.optim import OptimConfig, Optimizer
-from fastalign.train.run import Run, Stopped, first_non_finite
+from fastalign.train.optim import MOMENTS, OptimConfig, Optimizer
+from fastalign.train.run import Run, RunError, Stopped, first_non_finite
 
 
 def two_parts():
@@ -106,6 +106,8 @@ def test_a_resumed_run_takes_the_rates_it_is_given():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         after.load_state_dict(before.state_dict())
+        for name, moment in after.tensors().items():
+            moment.copy_(before.tensors()[name])
         rates = [[group["lr"] for group in after.groups]]
         after.next_step()
         rates.append([group["lr"] for group in after.groups])
@@ -116,3 +118,8 @@ def test_a_resumed_run_takes_the_rates_it_is_given():
     for p in module.parameters():
         assert torch.equal(after.adam.state[p]["exp_avg"], before.adam.state[p]["exp_avg"])
         assert after.adam.state[p]["step"] == 1
+    assert set(after.tensors()) == {f"{m}.{p}" for m in MOMENTS for p in ("weight", "bias")}
+    with pytest.raises(RunError, match="of a run that trained bias; this one does not"):
+        saved = before.state_dict()
+        module.bias.requires_grad_(False)
+        Optimizer(config, module, 10).load_state_dict(saved)

@@ -2,13 +2,17 @@
 
 import json
 import logging
+import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
+import torch
 
 from fastalign import cli
-from fastalign.train import sft
-from fastalign.train.folder import clear_folder, is_unfinished
+from fastalign.train import checkpoint, sft
+from fastalign.train.folder import claim_folder, clear_folder, is_unfinished
 from fastalign.train.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,8 +112,8 @@ def test_a_run_without_a_checkpoint_begins_again(tmp_path, caplog):
     [
         ([], True),
         (["config.yaml", "metrics.jsonl", "checkpoints/.step-000002.partial/x"], True),
-        (["config.yaml", "checkpoints/step-000002/weights.safetensors"], False),
-        (["config.yaml", "checkpoints/.step-000002.old/weights.safetensors"], False),
+        (["config.yaml", "checkpoints/step-000002/shard-00001.safetensors"], False),
+        (["config.yaml", "checkpoints/.step-000002.old/shard-00001.safetensors"], False),
         (["config.yaml", "model/model.safetensors"], False),  # somebody deleted its checkpoints
         (["config.yaml", "metrics.jsonl", "reference/logp.safetensors"], True),
         (["thesis.tex"], False),
@@ -141,3 +145,94 @@ def test_an_overwritten_run_is_never_half_deleted_and_resumable(tmp_path, monkey
     assert (tmp_path / "config.yaml").exists()
     clear_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_overwrite_that_is_killed_at_any_moment_leaves_a_clear_state(tmp_path, monkeypatch):
+    """Killed at every call that changes the disk: the folder is the old run's, or one to begin
+    anew in; what is there is whole; and it may be overwritten again."""
+    whole = {"config.yaml": "seed: 0", "metrics.jsonl": "{}", "accounting.json": "{}"}
+    for name in ("checkpoints/step-000002/a", "checkpoints/step-000004/b", "model/c", "model/d"):
+        whole[name] = name
+    calls = 0
+    for moment in range(100):
+        folder = tmp_path / str(moment)
+        for name, text in whole.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        calls = 0
+
+        def counted(plain, moment=moment):
+            def call(*args, **kwargs):
+                nonlocal calls
+                if calls == moment:
+                    raise KeyboardInterrupt
+                calls += 1
+                return plain(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as dying:
+            for name in ("rename", "unlink", "rmdir"):
+                dying.setattr(os, name, counted(getattr(os, name)))
+            try:
+                clear_folder(folder)
+                break
+            except KeyboardInterrupt:
+                pass
+        left = {n: text for n, text in files_of(folder).items() if not n.startswith(".")}
+        assert left.items() <= whole.items()
+        for part in ("checkpoints", "model"):
+            names = {n for n in whole if n.startswith(part)}
+            assert names & left.keys() in (set(), names)
+        assert left == whole or not (folder / "checkpoints").exists()
+        assert "config.yaml" in left or list(folder.iterdir()) == []
+        assert left == whole or "model/c" in left or is_unfinished(folder)
+        claim_folder(folder, overwrite=True)
+        clear_folder(folder)
+        assert list(folder.iterdir()) == []
+    assert calls == moment > 12 and list(folder.iterdir()) == []
+
+
+def test_what_a_power_cut_may_not_reorder(tmp_path, monkeypatch):
+    """Every file of a checkpoint is on the disk before it has its name, the name before an older
+    one is deleted; of a new folder the names of all levels."""
+    events: list[tuple[str, str]] = []
+    plain_sync, plain_rename, plain_delete = os.fsync, os.rename, shutil.rmtree
+
+    def named(path):
+        return str(Path(path).relative_to(tmp_path))
+
+    def fsync(handle):
+        events.append(("sync", named(os.readlink(f"/proc/self/fd/{handle}"))))
+        plain_sync(handle)
+
+    def rename(path, target, **kwargs):
+        events.append(("rename", f"{named(path)} {named(target)}"))
+        plain_rename(path, target, **kwargs)
+
+    def delete(path, **kwargs):
+        events.append(("delete", named(path)))
+        plain_delete(path, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", delete)
+    for step in (1, 2):
+        made = checkpoint.Checkpoint(step, {"w": torch.ones(3)}, {"n": step})
+        checkpoint.save(tmp_path / "run" / "checkpoints", made, keep=1)
+    folder = "run/checkpoints"
+    new = f"{folder}/.step-000002.partial"
+    files = ("manifest.json", "shard-00001.safetensors", "state.pt")
+    assert events[:2] == [("sync", "."), ("sync", "run")]
+    second = events[events.index(("sync", f"{new}/manifest.json")) :]
+    assert second == [
+        *(("sync", f"{new}/{name}") for name in files),
+        ("sync", new),
+        ("rename", f"{new} {folder}/step-000002"),
+        ("sync", folder),
+        ("delete", f"{folder}/step-000001"),
+    ]

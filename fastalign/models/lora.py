@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,15 +156,26 @@ def without_adapter(model: Any) -> Any:
 
 
 @torch.no_grad()
-def merged_weights(model: Any) -> dict[str, Tensor]:
-    """The state dict of the plain model that `model` with its adapter is, to rounding."""
+def merged_weights(
+    model: Any, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, Tensor]:
+    """The state dict of the plain model that `model` with its adapter is, to rounding.
+
+    Args:
+        model: with an adapter.
+        whole: makes a plain tensor of one that is spread over processes, where that is the case.
+    """
     from peft.tuners.lora import LoraLayer
 
-    state: dict[str, Tensor] = without_adapter(model).state_dict()
+    state: dict[str, Tensor] = {}
+    for child, module in model.named_children():  # the model itself leaves its base out
+        held = module.state_dict(prefix=f"{child}.")
+        for name in [name for name in held if ".lora_" not in name]:
+            state[name.replace(".base_layer.", ".")] = whole(held[name])
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            weight: Any = module.get_base_layer().weight
-            delta: Tensor = module.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+            delta = whole(module.get_delta_weight(ADAPTER))  # type: ignore[attr-defined]
+            weight = state[f"{name}.weight"]
             state[f"{name}.weight"] = weight + delta.to(weight.dtype)
     return state
 

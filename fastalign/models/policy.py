@@ -24,6 +24,10 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 class ValueHead(nn.Module):
     """V(s) from the hidden state: H -> 2H -> 1 with ReLU, as in 2306.02231's code; starts at 0."""
 
+    # As transformers' models name theirs: sharded, it is a unit of its own. It may be trained
+    # where the trunk has no gradient.
+    _no_split_modules = ("ValueHead",)
+
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.up = nn.Linear(hidden_size, 2 * hidden_size)

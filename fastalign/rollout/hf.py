@@ -60,11 +60,12 @@ class TransformersEngine:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Nothing to do, but for a copy."""
+        """Nothing to do, but for a copy, of what is trained."""
         if self.trained is not None:
             pairs = zip(self.policy.parameters(), self.trained.parameters(), strict=True)
             for own, sharded in pairs:
-                own.copy_(whole(sharded))
+                if sharded.requires_grad:
+                    own.copy_(whole(sharded))
 
     @torch.no_grad()
     def generate(

@@ -1,8 +1,14 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is a folder `step-000120` holding `weights.safetensors`, `state.pt` and a
-`manifest.json` with the size and SHA-256 of both. A folder of that name is complete, see `whole`;
-the manifest catches what a disk does to it afterwards.
+A checkpoint is a folder `step-000120`, the work of all processes:
+
+  shard-00001.safetensors  weights, buffers, the optimizer's moments: a file of each process with
+                           its parts, see `shards`
+  state.pt                 all else
+  manifest.json            size and SHA-256 of these files
+
+A folder of that name is complete, see `whole`; the manifest catches what a disk does to it
+afterwards.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import hashlib
 import json
 import random
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +26,10 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import UserError
-from fastalign.train import whole
-from fastalign.train.whole import whole_folder
+from fastalign.train import distributed, shards, whole
+from fastalign.train.whole import failed_writes, whole_folder
 
-WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
+STATE, MANIFEST = "state.pt", "manifest.json"
 
 
 class CheckpointError(UserError):
@@ -31,11 +38,32 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """What is to be saved."""
+
     step: int
     tensors: dict[str, Tensor]
-    """All weights and buffers, `module.parameter`."""
+    """All weights and buffers, `module.parameter`, and what is as large as they are: whole, or
+    spread over the processes."""
     state: dict[str, Any]
-    """Optimizer, schedule, random states, running moments: all else that a run carries along."""
+    """Schedule, random states, running moments: all else that a run carries along. The main
+    process's is saved."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on the disk, whose files are intact; its tensors are still there only."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its tensors."""
+        return shards.shapes(self.path)
+
+    def read(self, into: dict[str, Tensor]) -> None:
+        """Fills tensors that are laid out as this run has them; all processes call."""
+        shards.read(self.path, into)
 
 
 def _digest(path: Path) -> str:
@@ -48,50 +76,47 @@ def _digest(path: Path) -> str:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes `folder/step-NNNNNN`; it and the `keep` - 1 before it stay.
+    """Writes `folder/step-NNNNNN`; it and the `keep` - 1 before it stay. All processes call.
 
     Checkpoints of later steps go: they are of a run that was left when an earlier one was resumed.
 
     Raises:
         OSError: it could not be written (a full disk). Those before it stay, nothing is left of it.
     """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    put_back(folder)
-    for left in sorted(folder.glob(".step-*.partial")):
-        shutil.rmtree(left)
     final = folder / f"step-{checkpoint.step:06d}"
-    with whole_folder(final) as partial:
-        save_file(apart(checkpoint.tensors), partial / WEIGHTS)
-        with (partial / STATE).open("wb") as file:
-            torch.save(checkpoint.state, file)
-        files = {
-            name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
-            for name in (WEIGHTS, STATE)
-        }
-        manifest = {"step": checkpoint.step, "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    paths = found(folder)
-    here = paths.index(final)
-    for path in paths[: max(0, here + 1 - keep)] + paths[here + 1 :]:
-        shutil.rmtree(path)
+    with ExitStack() as stack:  # holds the main process's folder
+
+        def begin() -> Path:
+            whole.make_folder(folder)
+            put_back(folder)
+            for left in sorted(folder.glob(".step-*.partial")):
+                shutil.rmtree(left)
+            return stack.enter_context(whole_folder(final))
+
+        partial = distributed.on_main(begin)
+        shards.write(partial, checkpoint.tensors)
+        names = sorted(path.name for path in partial.glob(shards.PATTERN))
+        files = dict(distributed.split(lambda name: (name, _facts(partial / name)), names))
+
+        def end() -> None:
+            with failed_writes():
+                with (partial / STATE).open("wb") as file:
+                    torch.save(checkpoint.state, file)
+                files[STATE] = _facts(partial / STATE)
+                manifest = {"step": checkpoint.step, "files": files}
+                (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+                stack.close()
+            paths = found(folder)
+            here = paths.index(final)
+            for path in paths[: max(0, here + 1 - keep)] + paths[here + 1 :]:
+                shutil.rmtree(path)
+
+        distributed.on_main(end)
     return final
 
 
-def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, no two of them in the same memory, which safetensors
-    refuses: of tied weights each name but the first gets a copy."""
-    held: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        place = own.untyped_storage().data_ptr()
-        if place in held:
-            own = own.clone()
-        held.add(place)
-        found[name] = own
-    return found
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
 def put_back(folder: Path) -> None:
@@ -106,39 +131,39 @@ def found(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda p: int(p.name[5:]))
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads one checkpoint back.
+def load(path: Path) -> Saved:
+    """Looks through one checkpoint's files, each process through its share of them.
 
     Raises:
         CheckpointError: it is missing or damaged; says what is wrong with which file.
     """
-    from safetensors.torch import load_file
-
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        step = int(manifest["step"])
-        for name in (WEIGHTS, STATE):
-            expected = manifest["files"][name]
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
-                raise CheckpointError(
-                    f"damaged checkpoint {path}: {name} has {size} bytes, "
-                    f"expected {expected['bytes']}"
-                )
-            if _digest(path / name) != expected["sha256"]:
-                raise CheckpointError(
-                    f"damaged checkpoint {path}: {name} does not match its checksum"
-                )
+        step, files = int(manifest["step"]), dict(manifest["files"])
+        expected = [(path / name, files[name]) for name in sorted({*files, STATE})]
+        wrong = [line for line in distributed.split(lambda one: _damage(*one), expected) if line]
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"damaged checkpoint {path}: {Path(error.filename).name} is missing"
-        ) from error
+        raise CheckpointError(f"damaged checkpoint {path}: {MANIFEST} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"damaged checkpoint {path}: {MANIFEST} is not readable") from error
+    if wrong:
+        raise CheckpointError(f"damaged checkpoint {path}: {wrong[0]}")
     state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    return Checkpoint(step, load_file(path / WEIGHTS), state)
+    return Saved(path, step, state)
+
+
+def _damage(path: Path, expected: dict[str, Any]) -> str | None:
+    """What a line says of a file that is not as it was written."""
+    if not path.exists():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path.name} has {size} bytes, expected {expected['bytes']}"
+    if _digest(path) != expected["sha256"]:
+        return f"{path.name} does not match its checksum"
+    return None
 
 
 def check_there(resume: str, folder: Path) -> None:
@@ -156,7 +181,7 @@ def check_there(resume: str, folder: Path) -> None:
         raise CheckpointError(f"nothing to resume: no checkpoint in {folder}")
 
 
-def newest_intact(folder: Path) -> tuple[Checkpoint, list[str]]:
+def newest_intact(folder: Path) -> tuple[Saved, list[str]]:
     """The newest checkpoint that reads back, and a line for every newer one that does not.
 
     Raises:

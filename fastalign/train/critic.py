@@ -30,6 +30,7 @@ from fastalign.models.recompute import recompute_activations
 from fastalign.models.reward import check_same_tokenizer
 from fastalign.rollout import Rollout
 from fastalign.streams import stream
+from fastalign.train import distributed
 from fastalign.train.reward_source import parse_reward
 from fastalign.train.run import RunError, Stopped, autocast
 
@@ -74,6 +75,11 @@ class Critic(Protocol):
         """The critic's own parameters."""
         ...
 
+    @property
+    def sharded(self) -> nn.Module:
+        """What is spread over several processes as one, and holds the critic."""
+        ...
+
 
 class TrunkCritic:
     """The policy's value head."""
@@ -94,6 +100,10 @@ class TrunkCritic:
     def trained(self) -> list[nn.Parameter]:
         assert self.policy.value_head is not None
         return list(self.policy.value_head.parameters())
+
+    @property
+    def sharded(self) -> nn.Module:
+        return self.policy
 
 
 class LinearHead(nn.Module):
@@ -142,6 +152,10 @@ class OwnCritic(nn.Module):
 
     def trained(self) -> list[nn.Parameter]:
         return list(self.parameters())
+
+    @property
+    def sharded(self) -> nn.Module:
+        return self
 
 
 def make_critic(
@@ -292,7 +306,9 @@ def pretrain(
         values = values_of(critic, [rollouts[i] for i in test], micro_tokens, dtype)
         return explained_variance(values, torch.cat([of[i] for i in test]))
 
-    before, parameters, device = explained(), critic.trained(), _device(critic)
+    before, device, module = explained(), _device(critic), critic.sharded
+    distributed.let_go(module)
+    parameters = critic.trained()
     adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     lengths = [_lengths(rollouts)[i] for i in train]
     done, epoch, last = 0, 0, []
@@ -301,15 +317,16 @@ def pretrain(
         for batch in token_budget_batches(lengths, batch_tokens, generator=order)[: steps - done]:
             n_tokens = sum(sizes[train[i]] for i in batch)
             total = torch.zeros((), device=device)
-            for micro in token_budget_batches([lengths[i] for i in batch], micro_tokens):
-                chosen = [train[batch[i]] for i in micro]
+            for micro in distributed.micros(module, batch, lengths, micro_tokens):
+                chosen = [train[i] for i in micro.rows]
                 with autocast(device, dtype):
                     values = critic.values_alone(_packed([rollouts[i] for i in chosen], critic))
                 targets = torch.cat([of[i] for i in chosen]).to(device)
-                loss = losses.ValueLoss()(values, targets).sum() / n_tokens
+                loss = losses.ValueLoss()(values, targets).sum() / micro.divisor(n_tokens)
                 loss.backward()
                 total += loss.detach()
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            distributed.total(total)
+            norm = distributed.whole(nn.utils.clip_grad_norm_(parameters, 1.0))
             if not math.isfinite(float(norm)) or not math.isfinite(float(total)):
                 raise Stopped(
                     f"pre-training of the critic, update {done + 1}: loss {float(total):g}, "

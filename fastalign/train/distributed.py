@@ -128,14 +128,14 @@ def on_main(action: Callable[[], T]) -> T:
     """What the main process gets from `action`, in every process; only it acts.
 
     Raises:
-        UserError: the main process's, in every process.
+        UserError, OSError: the main process's, in every process.
     """
-    error: UserError | None = None
+    error: UserError | OSError | None = None
     result: Any = None
     if world().is_main:
         try:
             result = action()
-        except UserError as wrong:
+        except (UserError, OSError) as wrong:
             if world().size == 1:
                 raise
             error = wrong
@@ -277,6 +277,12 @@ def shard(module: nn.Module, *forwards: str) -> None:
         register_fsdp_forward_method(module, name)
 
 
+def let_go(module: nn.Module) -> None:
+    """Ends what a pass without gradients leaves gathered, so that `parameters()` are the shards."""
+    if is_sharded(module):
+        module.reshard()  # type: ignore[operator]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one, on every process; a plain one as it is."""
     full = getattr(tensor, "full_tensor", None)
@@ -287,27 +293,6 @@ def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; a plain one as it is."""
     part = getattr(tensor, "to_local", None)
     return part() if part is not None else tensor
-
-
-def like(source: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor laid out as `target` is: spread over the processes, or as it is.
-
-    Raises:
-        ValueError: another shape.
-    """
-    if target.shape != source.shape:
-        raise ValueError(
-            f"distributed.like: expected a tensor of shape {tuple(target.shape)}, "
-            f"got {tuple(source.shape)}"
-        )
-    if local(target) is target:
-        return source
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = target
-    return distribute_tensor(
-        source.detach().to(local(target).device), sharded.device_mesh, sharded.placements
-    )
 
 
 def unsharded(module: nn.Module) -> nn.Module | None:

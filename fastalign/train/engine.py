@@ -44,7 +44,9 @@ def whole_engine(policy: Policy, tokenizer: Any) -> TransformersEngine:
     because its own weights will be spread over them."""
     if distributed.world().size == 1:
         return TransformersEngine(policy, tokenizer)
-    copy = deepcopy(policy).requires_grad_(False).eval()
+    # What is frozen (all but a LoRA adapter) is the reference's as well.
+    frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    copy = deepcopy(policy, frozen).requires_grad_(False).eval()
     return TransformersEngine(copy, tokenizer, trained=policy)
 
 
@@ -52,7 +54,7 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """The language model's whole weights under their `transformers` names, a LoRA adapter merged
     into them."""
     if lora.has_adapter(policy.model):
-        yield from lora.merged_weights(policy.model).items()
+        yield from lora.merged_weights(policy.model, distributed.whole).items()
         return
     for name, parameter in policy.model.named_parameters():
         yield name, distributed.whole(parameter.detach())

@@ -20,6 +20,9 @@ from typing import Any
 from fastalign.errors import UserError
 from fastalign.train.whole import write_text
 
+GONE = ".gone"
+"""How the name of a folder ends that is being deleted."""
+
 
 class RunError(UserError):
     """A run that cannot start; the message is one clear line for the user."""
@@ -67,16 +70,16 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def clear_folder(folder: Path) -> None:
-    """Deletes what a former run left in a claimed folder: its checkpoints at once, so that nobody
-    resumes them half deleted, and config.yaml, which says that this is a run's folder, last."""
-    checkpoints, gone = folder / "checkpoints", folder / ".checkpoints.old"
-    if gone.exists():
-        shutil.rmtree(gone)
-    if checkpoints.exists():
-        checkpoints.rename(gone)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.yaml"):
+    """Deletes what a former run left in a claimed folder: its checkpoints first, so that nobody
+    resumes the rest, and config.yaml, which says that this is a run's folder, last. A folder in it
+    is gone at once; nobody finds it half deleted."""
+    order = {"checkpoints": 0, "config.yaml": 2}
+    for path in sorted(folder.iterdir(), key=lambda path: (order.get(path.name, 1), path.name)):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            gone = path
+            if not path.name.endswith(GONE):
+                gone = path.rename(folder / f".{path.name.lstrip('.')}{GONE}")
+            shutil.rmtree(gone)
         else:
             path.unlink()
 

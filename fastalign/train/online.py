@@ -265,11 +265,6 @@ def train(config: OnlineConfig, method: Method) -> Path:
     distributed.shard(policy, "hidden")
     if critic is not None and critic.module is not None:
         distributed.shard(critic.module, "values")
-    if critic is not None and method.critic_steps > 0 and distributed.world().size > 1:
-        raise RunError(
-            "--critic_steps: the critic is pre-trained by one process; run without torchrun, or "
-            "with --critic_steps 0"
-        )
     collector = Collector(
         engine,
         reference,

@@ -15,6 +15,7 @@ from fastalign.train import distributed
 from fastalign.train.run import Run, RunConfig, RunError, Stopped, at_least, first_non_finite
 
 SCHEDULES = ("constant", "cosine", "linear")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -75,13 +76,14 @@ class Optimizer:
         lrs: dict[str, float] | None = None,
     ) -> None:
         self.config, self.module = config, module
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        # Kept: between forward and backward a sharded module has others under these names.
+        self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                lr = (lrs or {}).get(name.split(".")[0], config.lr)
-                decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-                groups.setdefault((lr, decay), []).append(parameter)
+        for name, parameter in self.named.items():
+            lr = (lrs or {}).get(name.split(".")[0], config.lr)
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((lr, decay), []).append(parameter)
         self.adam = torch.optim.AdamW(
             [
                 {"params": parameters, "lr": lr, "weight_decay": decay}
@@ -145,31 +147,39 @@ class Optimizer:
         self.done += 1
         self._set_rates()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whole tensors; of sharded weights, all processes must call."""
-        adam = self.adam.state_dict()
-        adam["state"] = {
-            i: {name: distributed.whole(value) for name, value in moments.items()}
-            for i, moments in adam["state"].items()
+    def _begun(self) -> dict[str, nn.Parameter]:
+        """The parameters that AdamW has moved, by name."""
+        return {n: p for n, p in self.named.items() if p in self.adam.state}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments, spread as the parameters are."""
+        return {
+            f"{moment}.{name}": self.adam.state[parameter][moment]
+            for name, parameter in self._begun().items()
+            for moment in MOMENTS
         }
-        return {"adam": adam, "schedule": self.done}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the moments, which are `tensors`."""
+        steps = {n: float(self.adam.state[p]["step"]) for n, p in self._begun().items()}
+        return {"steps": steps, "schedule": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moments and step of a checkpoint; rates and decay are the configuration's, which a
-        resumed run may have changed."""
-        own = [{k: group[k] for k in ("weight_decay", "betas")} for group in self.groups]
-        parameters = [p for group in self.groups for p in group["params"]]
-        adam = dict(state["adam"])
-        adam["state"] = {
-            i: {
-                name: distributed.like(value, parameters[i]) if value.ndim else value
-                for name, value in moments.items()
+        """The step of a checkpoint, and room for its moments; rates and decay are the
+        configuration's, which a resumed run may have changed.
+
+        Raises:
+            RunError: the checkpoint's run trained other parameters.
+        """
+        other = sorted(state["steps"].keys() - self.named.keys())
+        if other:
+            raise RunError(f"the checkpoint is of a run that trained {other[0]}; this one does not")
+        for name, step in state["steps"].items():
+            parameter = self.named[name]
+            self.adam.state[parameter] = {
+                "step": torch.tensor(step, device=distributed.local(parameter).device),
+                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
             }
-            for i, moments in adam["state"].items()
-        }
-        self.adam.load_state_dict(adam)
-        for group, kept in zip(self.groups, own, strict=True):
-            group.update(kept)
         self.done = state["schedule"]
         self._set_rates()
 

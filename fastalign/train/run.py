@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,15 @@ def at_least(config: Any, least: float, *names: str) -> None:
             raise RunError(f"expected {name} >= {least}, got {value}")
 
 
+@runtime_checkable
+class HasTensors(Protocol):
+    """What holds tensors as large as the weights, beside its `state_dict`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Spread over the processes as they are; after `load_state_dict`, to be read into."""
+        ...
+
+
 class Stateful:
     """What a checkpoint holds: modules, an optimizer, and all else with state_dict."""
 
@@ -99,38 +108,73 @@ class Stateful:
         self.others = others
 
     def capture(self, step: int) -> checkpoint.Checkpoint:
-        """Of all processes together: whole tensors, and every process's random state. What the
-        other processes than the main one get is of no use."""
+        """Of all processes together: each one's part of the tensors, and its random state."""
         tensors = {
-            f"{name}.{key}": distributed.whole(tensor)
+            f"{name}.{key}": tensor
             for name, module in self.modules.items()
-            for key, tensor in module.state_dict().items()
+            for key, tensor in _untied(module).items()
         }
+        tensors |= self._of_others()
         state = {name: other.state_dict() for name, other in self.others.items()}
         states = distributed.gather([checkpoint.random_state()])
         state["random"] = [one for (one,) in states]
         return checkpoint.Checkpoint(step, tensors, state)
 
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        for name, module in self.modules.items():
-            prefix = f"{name}."
-            own = {
-                k.removeprefix(prefix): t for k, t in saved.tensors.items() if k.startswith(prefix)
-            }
-            now = module.state_dict()
-            try:
-                placed = {k: distributed.like(t, now[k]) if k in now else t for k, t in own.items()}
-                module.load_state_dict(placed)
-            except (RuntimeError, ValueError) as error:
-                raise RunError(
-                    "the checkpoint is of another architecture: "
-                    f"{str(error).splitlines()[-1].strip()}"
-                ) from error
+    def _of_others(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": tensor
+            for name, other in self.others.items()
+            if isinstance(other, HasTensors)
+            for key, tensor in other.tensors().items()
+        }
+
+    def restore(self, saved: checkpoint.Saved) -> None:
+        """
+        Raises:
+            RunError: the checkpoint is not of this run; the weights stay as they were.
+        """
+        self._check_shapes(saved.shapes())
+        blank = {
+            name: {key: torch.empty_like(tensor) for key, tensor in _untied(module).items()}
+            for name, module in self.modules.items()
+        }
         for name, other in self.others.items():
             other.load_state_dict(saved.state[name])
+        of_modules = {f"{n}.{key}": t for n, own in blank.items() for key, t in own.items()}
+        saved.read(of_modules | self._of_others())
+        for name, module in self.modules.items():
+            names = _names(module)
+            module.load_state_dict({key: blank[name][first] for key, first in names.items()})
         states, rank = saved.state["random"], distributed.world().rank
         if rank < len(states):  # one that the run did not have keeps the state it began with
             checkpoint.set_random_state(states[rank])
+
+    def _check_shapes(self, found: dict[str, tuple[int, ...]]) -> None:
+        own = {
+            f"{name}.{key}": tuple(tensor.shape)
+            for name, module in self.modules.items()
+            for key, tensor in _untied(module).items()
+        }
+        theirs = {key: shape for key, shape in found.items() if key.split(".")[0] in self.modules}
+        for key in sorted(own.keys() | theirs.keys()):
+            if own.get(key) != theirs.get(key):
+                raise RunError(
+                    f"the checkpoint is of another architecture: {key} is {theirs.get(key)} there, "
+                    f"{own.get(key)} here"
+                )
+
+
+def _names(module: nn.Module) -> dict[str, str]:
+    """Each name in the module's `state_dict`, with the first one of the same tensor."""
+    first: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    return {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
+
+
+def _untied(module: nn.Module) -> dict[str, Tensor]:
+    """The module's `state_dict`, tied weights by their first name only."""
+    state = module.state_dict(keep_vars=True)
+    return {key: state[key].detach() for key in dict.fromkeys(_names(module).values())}
 
 
 class Run:
@@ -256,15 +300,16 @@ class Run:
             saved = self.stateful.capture(step)
             saved.state["meter"] = self.meter.state_dict()
             saved.state["run"] = {"command": self.command, "options": options_of(self.config)}
-            path = distributed.on_main(lambda: self._save(saved, place))
+            path = self._save(saved, place)
         if stop is not None:
             raise Interrupted(f"stopped {stopped}; go on with --resume (checkpoint {path})", stop)
 
     def _save(self, saved: checkpoint.Checkpoint, place: str) -> Path:
         with self._writing(f"{place}: a checkpoint"):
             # No step that a checkpoint covers may be missing, even where the power fails.
-            if (self.folder / "metrics.jsonl").exists():
+            if self.is_main and (self.folder / "metrics.jsonl").exists():
                 sync(self.folder / "metrics.jsonl")
+                sync(self.folder)
             return checkpoint.save(self.folder / "checkpoints", saved, self.config.keep_checkpoints)
 
     @contextmanager

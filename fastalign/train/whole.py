@@ -23,7 +23,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         OSError: a file could not be written (a full disk). Nothing is left of what was; `final` is
             as it was before.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     put_back(final)
     partial, aside = _partial(final), _aside(final)
     if partial.exists():
@@ -47,6 +47,14 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(aside)
 
 
+def make_folder(path: Path) -> None:
+    """With its parents; their names are on the disk then."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
 def put_back(final: Path) -> None:
     """Ends what a dead process left half done: of a folder and its elder one has the name."""
     aside = _aside(final)
@@ -62,6 +70,7 @@ def write_text(path: Path, text: str) -> None:
     partial.write_text(text)
     sync(partial)
     partial.replace(path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:
