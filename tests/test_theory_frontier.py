@@ -112,7 +112,7 @@ def test_default_points_end_where_the_weights_get_too_skewed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole = frontier(torch.randn(2000))
-    assert whole.kl.shape == (50,) and float(whole.kl[0]) == 0.0
+    assert whole.kl.shape == (100,) and float(whole.kl[0]) == 0.0
     assert float(whole.ess[0]) == pytest.approx(2000)
     assert float(whole.ess[-1]) == pytest.approx(10, rel=1e-6)
     assert bool((whole.kl.diff() > 0).all()) and bool((whole.reward.diff() > 0).all())

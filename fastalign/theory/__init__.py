@@ -15,6 +15,7 @@ from fastalign.theory.curve import best_of_n_curve
 from fastalign.theory.divergence import kl_divergence, renyi_cross_entropy, scaled_cumulant
 from fastalign.theory.frontier import Frontier, frontier
 from fastalign.theory.memoryless import Memoryless, TypePolicy
+from fastalign.theory.place import Placed, place
 from fastalign.theory.policy import (
     Budget,
     Estimate,
@@ -39,6 +40,7 @@ __all__ = [
     "Estimate",
     "Frontier",
     "Memoryless",
+    "Placed",
     "PolicyKL",
     "Regret",
     "SampledRegret",
@@ -54,6 +56,7 @@ __all__ = [
     "kl_divergence",
     "kl_to_tilt",
     "n_for_kl",
+    "place",
     "policy_kl",
     "rate",
     "regret",

@@ -19,7 +19,9 @@ alpha itself does not count, and the delta method gives
 for P prompts the se of the mean log Z is the spread of the P values over sqrt(P): it counts the
 choice of the prompts and of the samples. Bands are reward +- 1.96 of this (for 95 %). log Z is too
 small by (1 / ESS - 1 / N) / 2 on average, and with it the reward: for one prompt by at most 0.16 se
-while ESS >= 10. Under an ESS of 10 the highest few rewards decide everything: no reward is given.
+while ESS >= 10. More prompts do not make that smaller, so for P > 1 it is part of the se, which is
+the root of the sum of both squares. Under an ESS of 10 the highest few rewards decide everything:
+no reward is given.
 Measured for normal rewards, N = 400: the 95 % band holds the truth in 95 of 100 cases at an ESS
 over 200, in 93 at 100, in 91 at 50, in 83 near 10.
 
@@ -42,7 +44,7 @@ from fastalign.theory.checks import number, samples
 from fastalign.theory.solve import solve_increasing
 
 LEAST_ESS = 10.0
-POINTS = 50
+POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Reweighted:
     """Harmonic mean over prompts: what enters the errors is 1 / ESS."""
     kl_se: float
     log_z_se: float
-    """Of the mean of ``log_z``."""
+    """Of the mean of ``log_z``, root mean square: for P > 1 with its bias."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +100,8 @@ def frontier(
         rewards: [N] of N samples of the base for one prompt (or a task without prompts), or [P, N]
             of N samples for each of P prompts; any float dtype, N >= 10.
         alphas: points at these inverse temperatures, >= 0. kls: or points at these KLs, in nats.
-        Neither: 50 alphas from 0 to where ESS is 10, or, where
-            10 samples a prompt share the highest reward, to 99 % of the largest KL.
+        Neither: 100 alphas, denser near 0, from 0 to where ESS is 10, or, where 10 samples a
+            prompt share the highest reward, to 99 % of the largest KL.
         confidence: of the band, pointwise.
 
     Raises:
@@ -120,7 +122,7 @@ def frontier(
         last = largest_alpha(rewards)
         if math.isinf(last):
             last = alphas_for_kls(op, rewards, [0.99 * largest_kl(rewards)])[0]
-        chosen = [last * k / (POINTS - 1) for k in range(POINTS)]
+        chosen = [last * (k / (POINTS - 1)) ** 2 for k in range(POINTS)]
     points = [reweight(rewards, alpha) for alpha in chosen]
     z = NormalDist().inv_cdf(0.5 + 0.5 * confidence)
 
@@ -159,7 +161,8 @@ def reweight(rewards: Tensor, alpha: float) -> Reweighted:
     log_z, kl = log_mean + alpha * top, alpha * mean - log_mean
     if prompts > 1:
         kl_se = float(kl.std()) / math.sqrt(prompts)
-        log_z_se = float(log_z.std()) / math.sqrt(prompts)
+        bias = 0.5 * max(0.0, float(inverse_ess.mean()) - 1.0 / total)
+        log_z_se = math.hypot(float(log_z.std()) / math.sqrt(prompts), bias)
     else:
         influence = alpha * total * share * centred - (total * share - 1.0)
         kl_se = float(influence.square().sum().sqrt()) / total
