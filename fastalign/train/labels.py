@@ -174,7 +174,7 @@ def load_labelled(config: LabelledConfig, *, value_head: bool = False) -> Labell
     scorer = None
     if config.reward is not None:
         scorer = make_scorer(config, config.model, tokenizer, device)
-    meter.start()
+    meter.start(say=False)
     found = read(config, source.rewarded if scorer is None else source.responses)
     samples, rewards = [], []
     for part, name in zip(found, ("labels", "held_out_labels"), strict=True):

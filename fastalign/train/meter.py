@@ -92,11 +92,13 @@ class Meter:
         self._peak: tuple[float, str] | None = None
         self._mark = self._now()
 
-    def start(self) -> None:
-        """Finds what measures energy, says so, and sets the clocks to zero."""
+    def start(self, *, say: bool = True) -> None:
+        """Finds what measures energy, says so (unless another meter of the same run does), and sets
+        the clocks to zero."""
         self.counter = energy.find(self.device)
         source = self.counter.source if self.counter else "nothing here measures it; not reported"
-        log.info("energy: %s", source)
+        if say:
+            log.info("energy: %s", source)
         self._mark = self._now()
 
     def stop(self) -> None:
