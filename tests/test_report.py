@@ -132,7 +132,7 @@ def test_write_is_whole_or_not_at_all(road: Path, monkeypatch: pytest.MonkeyPatc
     def stop(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastalign.report.page.os.replace", stop)
+    monkeypatch.setattr("fastalign.report.files.os.replace", stop)
     with (road / "apa" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 999, "phase": "train", "kl/k1": 1.0}\n')
     with pytest.raises(OSError, match="disk full"):

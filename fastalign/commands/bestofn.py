@@ -113,8 +113,7 @@ def run(config: BestOfNConfig) -> Path:
     if config.curve:
         from fastalign.report.best_of_n import draw
 
-        for kind in ("svg", "png"):
-            draw(found, folder / f"best_of_n.{kind}")
+        draw(found, folder)
     log.info("%s", summary(found, config.n))
     return folder
 
@@ -176,14 +175,24 @@ def curve(records: list[dict[str, Any]], n: int) -> dict[str, Any]:
         if len(by_prompt) > 1:
             found[f"{name}_stderr"] = (by_prompt.std(0) / len(by_prompt) ** 0.5).tolist()
     found["kl_bound"] = [best_of_n_kl_bound(k) for k in found["n"]]
-    # The better estimate takes a pass over all samples for each n: at powers of two, and at N.
     some = sorted({2**k for k in range(n.bit_length())} & set(found["n"]) | {n})
+    estimates = kl_estimates(some, logp, proxy)
+    found["kl_estimate"] = {str(k): kl for k, kl in zip(some, estimates, strict=True)}
+    return found
+
+
+def kl_estimates(some: list[int], logp: Tensor, proxy: Tensor) -> list[float]:
+    """The better estimate of the KL of best-of-n, in nats, mean over prompts; it takes a pass over
+    all samples for each of `some` n.
+
+    Args:
+        logp, proxy: [P, N] log-probs of the answers under the model sampled from, and their scores.
+    """
     probability = logp.exp()
-    estimates = [best_of_n_kl_estimate(k, probability) for k in some]
-    found["kl_estimate"] = {
-        str(k): best_of_n_curve(values, proxy)[:, k - 1].mean().item()
-        for k, values in zip(some, estimates, strict=True)
-    }
+    found = []
+    for n in some:
+        by_prompt = best_of_n_curve(best_of_n_kl_estimate(n, probability), proxy)
+        found.append(by_prompt[:, n - 1].mean().item())
     return found
 
 

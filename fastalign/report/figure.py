@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
@@ -59,6 +59,8 @@ class Plot:
     caption: str
     svg: str | None
     missing: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """The same as files by their names, for figures that get some."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,28 @@ def plot(
 ) -> Plot:
     if not data:
         return Plot(id, caption, None, f"Not plotted: the metrics hold no {needed}.")
+    svg = _saved(id, draw, "svg")["svg"].decode()
+    return Plot(id, caption, _inline(svg, id))
+
+
+def plot_with_files(id: str, caption: str, draw: Callable[[], Figure]) -> Plot:
+    """A figure that is kept as ID.svg and ID.png too."""
+    found = _saved(id, draw, "svg", "png")
+    files = {f"{id}.{kind}": content for kind, content in found.items()}
+    return Plot(id, caption, _inline(found["svg"].decode(), id), files=files)
+
+
+def _saved(id: str, draw: Callable[[], Figure], *kinds: str) -> dict[str, bytes]:
+    bare = {"svg": ("Date", "Creator", "Format", "Type"), "png": ("Software",)}
+    found = {}
     with matplotlib.rc_context({**LOOK, "svg.hashsalt": id}):
         figure = draw()
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    return Plot(id, caption, _inline(buffer.getvalue(), id))
+        for kind in kinds:
+            buffer = io.BytesIO()
+            metadata = dict.fromkeys(bare[kind])
+            figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+            found[kind] = buffer.getvalue()
+    return found
 
 
 def _inline(svg: str, id: str) -> str:

@@ -1,4 +1,4 @@
-"""The page: its top, its sections in the order in which a reader asks, and writing it whole.
+"""The page: its top, and its sections in the order in which a reader asks.
 
 The file loads nothing: style and SVG are inside, there is no script, and its content security
 policy forbids both.
@@ -6,15 +6,15 @@ policy forbids both.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastalign.report import preference
 from fastalign.report.accounting import accounting_section
+from fastalign.report.beside import Section
 from fastalign.report.compare import comparison_rows, number, reference_of, sentences
 from fastalign.report.markup import duration, last_step, method_of, missing, safe
 from fastalign.report.read import Road, Run, seeds
@@ -30,24 +30,12 @@ from fastalign.report.style import STYLE
 _NOTHING_LOADS = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes the file whole or not at all: a temporary file beside it, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # A model may emit half a surrogate pair: it becomes "?", it must not cost the report.
-    content = text.encode("utf-8", errors="replace")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def render(road: Road, shown: Sequence[Section] = ()) -> str:
+    """The whole HTML document.
 
-
-def render(road: Road) -> str:
-    """The whole HTML document."""
+    Args:
+        shown: what other commands wrote of this run or its base; it follows the result.
+    """
     policy, reward, sft = road.policy, road.reward, road.sft
     parts: list[tuple[str, str, str]] = []
     from_pairs = policy is not None and preference.learned_from_pairs(policy)
@@ -58,6 +46,7 @@ def render(road: Road) -> str:
         parts += policy_sections(policy)
     elif road.is_road:
         parts.append(("policy", "Policy", missing("No policy run yet: no apa/metrics.jsonl.")))
+    parts[1:1] = [(one.id, one.title, one.html) for one in shown]
     if reward is not None or road.is_road:
         words = missing("No reward model run: no reward/metrics.jsonl.")
         html = words if reward is None else reward_section(reward)

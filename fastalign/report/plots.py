@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from fastalign.report.compare import names_of, reference_of
+from fastalign.report.compare import comparison_rows, names_of, reference_of
 from fastalign.report.figure import (
     HALF,
     WIDE,
@@ -67,9 +67,14 @@ def reward_and_kl(run: Run) -> Plot:
 
 
 def reward_against_kl(run: Run, evaluation: dict[str, Any] | None) -> Plot:
-    lines = recorded(run, Line("reward/proxy", "proxy", BLUE), Line("reward/gold", "gold", AMBER))
+    both = (Line("reward/proxy", "proxy", BLUE), Line("reward/gold", "gold", AMBER))
+    lines = recorded(run, *both)
     kl_steps, kl = run.finite("kl/k1")
     lines = [line for line in lines if np.intersect1d(kl_steps, run.finite(line.key)[0]).size]
+    words = "<b>Reward against KL.</b>" + (" One point a step, coloured by step." if lines else "")
+    if not run.lines.get("train") and evaluation is not None:  # of two models, without training
+        measured = {row.key for row in comparison_rows(evaluation) if row.after is not None}
+        lines = [line for line in both if {line.key, "kl/k1"} <= measured]
 
     def draw() -> Figure:
         figure, axes = grid(WIDE, 3.7, 1, len(lines), sharex=True)
@@ -84,7 +89,7 @@ def reward_against_kl(run: Run, evaluation: dict[str, Any] | None) -> Plot:
             axis.set_xlabel(f"KL to {reference_of(evaluation)} (k1), nats / response")
             axis.set_ylabel("reward, mean over samples")
             axis.margins(0.06)
-        if np.ptp(kl_steps) > 0:
+        if kl_steps.size and np.ptp(kl_steps) > 0:
             bar = figure.colorbar(points, ax=axes, pad=0.015, aspect=26)
             bar.set_label("step")
             bar.outline.set_visible(False)  # type: ignore[operator]
@@ -93,7 +98,6 @@ def reward_against_kl(run: Run, evaluation: dict[str, Any] | None) -> Plot:
             bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         return figure
 
-    words = "<b>Reward against KL.</b> One point a step, coloured by step."
     if evaluation is not None:
         words += " Rings: the evaluation before and after, with 95% intervals."
     return plot("reward-vs-kl", words, draw, lines, "kl/k1 with reward/proxy or reward/gold")

@@ -177,7 +177,7 @@ def read_run(path: Path, name: str, kind: str | None = None) -> Run:
     """Reads one run folder; without ``kind`` the metrics tell what it was."""
     notes: list[str] = []
     lines = _read_metrics(path / "metrics.jsonl", notes)
-    evaluation = _read_evaluation(path / "evaluation.json", notes)
+    evaluation = read_evaluation(path / "evaluation.json", notes)
     samples = []
     if (path / "samples.jsonl").is_file():
         records, _ = _read_jsonl(path / "samples.jsonl", notes)
@@ -289,7 +289,8 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[int, dict[str,
     return {phase: dict(sorted(rows.items())) for phase, rows in lines.items()}
 
 
-def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
+def read_evaluation(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    """evaluation.json; None, and why in the notes, where it is damaged."""
     if not path.is_file():
         return None
     try:

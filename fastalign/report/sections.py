@@ -23,7 +23,8 @@ MOST_SAMPLES = 8
 
 
 def policy_sections(run: Run) -> list[tuple[str, str, str]]:
-    """(id, title, HTML) of the result, the training curves, and health and speed."""
+    """(id, title, HTML) of the result, the training curves, and health and speed; of two models
+    that were compared without training, of the result and where both stand."""
     evaluation = run.evaluation
     method = method_of(run)
     if learned_from_given(run):
@@ -35,6 +36,9 @@ def policy_sections(run: Run) -> list[tuple[str, str, str]]:
         ]
     base, named = names_of(evaluation)
     training = f"{base} and {named}" if named else f"Training with {method}"
+    if evaluation is not None and not run.lines.get("train"):
+        standing = figure(plots.reward_against_kl(run, evaluation))
+        return [before_after(run), ("standing", "Where both stand", standing)]
     learning = (
         plots.reward_and_kl(run),
         plots.reward_against_kl(run, evaluation),
