@@ -51,7 +51,7 @@ def test_the_frontier_has_a_section_and_files(tmp_path: Path) -> None:
         "gold reward, mean over 20 prompts",
         "frontier, with its 95% band",
         "Before training: what goes with a KL budget",
-        "past its end",  # at 8.41 nats
+        "past end",  # at 8.41 nats
         "misses at least",
     ):
         assert words in page.text, words

@@ -87,10 +87,7 @@ def run(config: BestOfNConfig) -> Path:
     """Samples, scores, selects; the folder of the results."""
     folder = Path(config.output)
     claim_folder(folder, overwrite=config.overwrite, reuse=config.resume is not None)
-    tokenizer, device = load_tokenizer(config.policy), choose_device(config.device)
-    rewards, gold = make_reward(config, tokenizer, device), make_gold(config, tokenizer, device)
-    readers = [source for source in (rewards, gold) if isinstance(source, RewardSource)]
-    answers = Answers(config, room=min(source.max_length for source in readers))
+    answers, rewards, gold = sources(config)
     if config.overwrite:
         clear_folder(folder)
     write_config(folder, config)
@@ -116,6 +113,14 @@ def run(config: BestOfNConfig) -> Path:
         draw(found, folder)
     log.info("%s", summary(found, config.n))
     return folder
+
+
+def sources(config: BestOfNConfig) -> tuple[Answers, RewardSource, Gold | None]:
+    """The model with its prompts, and what its answers are measured by."""
+    tokenizer, device = load_tokenizer(config.policy), choose_device(config.device)
+    rewards, gold = make_reward(config, tokenizer, device), make_gold(config, tokenizer, device)
+    readers = [source for source in (rewards, gold) if isinstance(source, RewardSource)]
+    return Answers(config, room=min(source.max_length for source in readers)), rewards, gold
 
 
 def sample(

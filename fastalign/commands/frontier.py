@@ -26,14 +26,12 @@ from torch import Tensor
 
 from fastalign import theory
 from fastalign.commands import bestofn
-from fastalign.commands.answers import Answers, account
-from fastalign.models import load_tokenizer
+from fastalign.commands.answers import account
 from fastalign.report.compare import names_of
 from fastalign.report.read import read_evaluation
 from fastalign.rollout import SamplingConfig
 from fastalign.theory.frontier import LEAST_ESS
 from fastalign.train import repeat, strict_json
-from fastalign.train.reward_source import make_reward
 from fastalign.train.run import (
     RunError,
     at_least,
@@ -87,6 +85,9 @@ class FrontierConfig:
     """Statistic of the reward ensemble, where it is not to be the one it was saved with."""
     coef: float | None = None
     """Coefficient of lcb and uwo, likewise."""
+    gold: str | None = None
+    """What is measured of every answer beside the reward (--column gold): anything that --reward
+    may be, or gold, the built-in task's, which is the default with its prompts."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How answers are drawn; as those of the runs were."""
     micro_tokens: int = 8192
@@ -169,11 +170,10 @@ def drawn(
     options: dict[str, Any] = {name: getattr(config, name) for name in shared}
     options |= {"policy": base, "n": config.n or DRAWN}
     drawing = bestofn.BestOfNConfig(**options)
-    rewards = make_reward(drawing, load_tokenizer(base), choose_device(config.device))
-    answers = Answers(drawing, room=rewards.max_length)
+    answers, rewards, gold = bestofn.sources(drawing)
     begin(config, folder)
     answers.meter.start()
-    records = bestofn.sample(drawing, answers, rewards, folder)
+    records = bestofn.sample(drawing, answers, rewards, gold, folder)
     cost = account(folder, "frontier", answers.meter)
     return records, {"seed": config.seed, "source": rewards.describe(), **cost}
 
@@ -318,12 +318,13 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from fastalign.report.frontier import BUDGETS, RUNS, budget_cells, cells, sentence
+    from fastalign.report.frontier import BUDGETS, RUNS, budget_cells, cells, in_short, sentence
 
     console = Console()
+    placed = [run for run in found["runs"] if "note" not in run]
     for title, heads, rows in (
         ("What goes with a KL budget", BUDGETS, [budget_cells(one) for one in found["budgets"]]),
-        ("Runs", RUNS, [cells(run) for run in found["runs"] if "note" not in run]),
+        ("Runs", RUNS, [(*cells(run)[:-1], in_short(run)) for run in placed]),
     ):
         if rows:
             console.print(Text(title), as_table(heads, rows))

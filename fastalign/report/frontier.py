@@ -26,7 +26,7 @@ from fastalign.report.style import BLUE, GREEN, INK, RED
 from fastalign.theory import Frontier, place
 
 COLUMNS = ("alpha", "kl", "kl_se", "reward", "reward_se", "low", "high", "ess")
-RUNS = ("Run", "KL, nats", "Reward", "Frontier there", "Misses")
+RUNS = ("Run", "KL, nats", "Reward", "Frontier", "Misses")
 BUDGETS = ("KL, nats", "Beta or lambda", "Alpha", "Reward", "n of best-of-n", "Its reward")
 MOST_ERRORS = 4.0  # by which a baseline may be off the frontier's base
 
@@ -161,9 +161,11 @@ def _draw(found: dict[str, Any]) -> Figure:
     figure.draw_without_rendering()  # labels need the axis in its place
     axis.autoscale(False)
     labels = [Label(0, reward[0], "base", INK)]
+    # Of many runs the names alone have room.
+    regrets = [f"\nmisses {in_short(run)}" if len(runs) <= 3 else "" for run in runs]
     labels += [
-        Label(run["kl"], run["reward"], f"{as_text(run['name'])}\nmisses {in_short(run)}", RED)
-        for run in runs
+        Label(run["kl"], run["reward"], as_text(run["name"]) + words, RED)
+        for run, words in zip(runs, regrets, strict=True)
     ]
     shown = [i for i in range(len(at)) if at[i] > 0]
     labels += [Label(at[i], best["reward"][i], f"{best['n'][i]}", GREEN, False) for i in shown]
@@ -214,7 +216,7 @@ def sentence(found: dict[str, Any]) -> str:
 
 def cells(run: dict[str, Any]) -> tuple[str, ...]:
     """A placed run as a row: name, KL, reward, the frontier there, what it misses."""
-    there = "past its end" if run["is_past_end"] else number(run["frontier_reward"])
+    there = "past end" if run["is_past_end"] else number(run["frontier_reward"])
     return (
         str(run["name"]),
         with_error(run["kl"], run["kl_se"]),

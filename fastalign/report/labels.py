@@ -40,7 +40,9 @@ def write(axis: Axes, labels: list[Label], taken: list[tuple[float, float]]) -> 
                 left = x + right * distance - (width if right < 0 else width / 2 * (right == 0))
                 bottom = y + up * distance - (height if up < 0 else height / 2 * (up == 0))
                 box = (left, bottom, left + width, bottom + height)
-                tries.append((_cost(box, boxes, frame), box, right, up, distance))
+                # Near is better: a label may cover a little of a line before it goes far.
+                cost = _cost(box, boxes, frame) + 2 * (distance - DISTANCES[0])
+                tries.append((cost, box, right, up, distance))
         _, box, right, up, distance = min(tries, key=lambda tried: tried[0])
         boxes.append(box)
         axis.annotate(
