@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train awr-offline": ("fastalign.train.offline", "OfflineAWRConfig", "train_awr"),
     "score": ("fastalign.commands.score", "ScoreConfig", "run"),
     "report": ("fastalign.report.command", "ReportConfig", "run"),
+    "laboratory": ("fastalign.laboratory.command", "LaboratoryConfig", "run"),
 }
 ABOUT = {
     "quickstart": "the whole road on the built-in task: SFT, reward ensemble, APA, report",
@@ -61,6 +62,7 @@ ABOUT = {
     "train awr-offline": "advantage-weighted regression on given responses with rewards",
     "score": "rewards of given responses, as JSON lines",
     "report": "write report.html of a run",
+    "laboratory": "every method on a source whose optimum is known, and its regret",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Experience:
         padded = torch.cat([per_token.new_zeros(1), per_token.cumsum(0)])
         return padded[self.cu_seqlens[1:].long()] - padded[self.cu_seqlens[:-1].long()]
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of prompt and response of each."""
         return [len(r.prompt) + len(r.completion) for r in self.rollouts]
