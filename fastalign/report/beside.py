@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastalign.report import best_of_n, frontier
+from fastalign.report import best_of_n, frontier, over_optimisation
 from fastalign.report.figure import Plot
 from fastalign.report.markup import figure, missing, safe
 from fastalign.report.read import Road
@@ -44,6 +44,7 @@ class Shown:
 SHOWN = (
     Shown("frontier.json", "frontier", "How good can it get at this KL?", frontier.section),
     Shown("curve.json", "bestofn", "Best-of-n", best_of_n.section),
+    Shown("over_optimisation.json", "overoptimise", "Over-optimisation", over_optimisation.section),
 )
 
 
