@@ -111,7 +111,8 @@ def main() -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["phase"] == "train"]
     seconds = [b["time"] - a["time"] for a, b in zip(steps, steps[1:], strict=False)]
-    tokens = [line["tokens"] for line in steps[1:]]
+    # A prompt of several responses is read once here and counts for each, as it does in TRL.
+    tokens = [line["tokens"] + line.get("tokens/repeated", 0) for line in steps[1:]]
     print(json.dumps({"seconds": seconds, "tokens": tokens, **memory.found()}))
 
 

@@ -266,7 +266,8 @@ def test_accumulated_parts_are_the_whole(model, data, tmp_path, recorded, loss):
 
 
 def test_no_logits_tensor_and_no_padding(model, data, tmp_path, monkeypatch):
-    """The trunk sees exactly the tokens of prompts and responses, the head the response tokens."""
+    """The trunk sees the tokens of prompts and responses, a pair's prompt once, and no others; the
+    head sees those of responses."""
     trunk, head = [], []
     hidden, plain = Policy.hidden, dpo.ops.linear_loss
 
@@ -292,11 +293,12 @@ def test_no_logits_tensor_and_no_padding(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "load_policy", load_policy)
     dpo.train(reference)
     tokenizer = load_tokenizer(model)
-    prompts = [2 * len(tokenizer(r["prompt"]).input_ids) for r in records()]
+    prompts = [len(tokenizer(r["prompt"]).input_ids) for r in records()]
     texts = [(r["prompt"], r[side]) for r in records() for side in ("chosen", "rejected")]
     n = sum(n for _, n in sums(model, tokenizer, texts))
     assert sum(head) == n and sum(trunk) == n + sum(prompts)
-    assert lines_of(run, "train")[0]["tokens"] == sum(trunk)
+    line = lines_of(run, "train")[0]
+    assert line["tokens"] == sum(trunk) and line["tokens/repeated"] == sum(prompts)
 
 
 # --- the reference --------------------------------------------------------------------------------

@@ -5,7 +5,11 @@ import random
 import pytest
 import torch
 
-from fastalign.data.packing import IGNORE_INDEX, epochs_of_batches, pack, token_budget_batches
+from fastalign.data.packing import (
+    epochs_of_batches,
+    pack,
+    token_budget_batches,
+)
 
 
 def test_hand_worked_pack():
@@ -15,7 +19,6 @@ def test_hand_worked_pack():
     assert packed.cu_seqlens.tolist() == [0, 4, 5, 8]
     assert packed.max_seqlen == 4
     # [5, 6] is a prompt: 6 predicts 7, the first token after it. No token predicts 9 or 1.
-    assert packed.targets.tolist() == [-100, 7, 8, -100, -100, 2, 3, -100]
     assert packed.kept.tolist() == [1, 2, 5, 6]
     assert packed.response_targets.tolist() == [7, 8, 2, 3]
     assert packed.lengths == (4, 1, 3) and packed.n_sequences == 3
@@ -24,14 +27,14 @@ def test_hand_worked_pack():
 
 def test_without_prompt_lengths_every_next_token_counts():
     packed = pack([[5, 6, 7], [8, 9]])
-    assert packed.targets.tolist() == [6, 7, -100, 9, -100]
+    assert packed.kept.tolist() == [0, 1, 3] and packed.response_targets.tolist() == [6, 7, 9]
 
 
 def test_types():
     packed = pack([[1, 2]], [1]).to("cpu")
     assert packed.input_ids.dtype == torch.int64
     assert packed.position_ids.dtype == torch.int64
-    assert packed.targets.dtype == torch.int64
+    assert packed.response_targets.dtype == torch.int64
     assert packed.cu_seqlens.dtype == torch.int32
     assert packed.last_index.dtype == packed.kept.dtype == torch.int64
     moved = pack([[1, 2]], [1]).to("meta")
@@ -40,7 +43,7 @@ def test_types():
 
 def test_no_sequences():
     packed = pack([], [])
-    assert packed.input_ids.shape == packed.targets.shape == packed.position_ids.shape == (0,)
+    assert packed.input_ids.shape == packed.position_ids.shape == (0,)
     assert packed.cu_seqlens.tolist() == [0]
     assert packed.max_seqlen == packed.n_sequences == 0 and packed.lengths == ()
     assert packed.last_index.shape == packed.kept.shape == packed.response_targets.shape == (0,)
@@ -62,15 +65,14 @@ def test_pack_equals_its_sequences(seed):
         assert packed.input_ids[part].tolist() == sequence
         assert packed.position_ids[part].tolist() == list(range(len(sequence)))
         first = max(prompt, 1)
-        expected = [IGNORE_INDEX] * (first - 1) + sequence[first:] + [IGNORE_INDEX]
-        assert packed.targets[part].tolist() == expected[: len(sequence)]
-        predicted += len(sequence) - first
-        alone = pack([sequence], [prompt])
-        assert alone.targets.equal(packed.targets[part])
-    assert int((packed.targets != IGNORE_INDEX).sum()) == predicted
+        rows = slice(predicted, predicted + len(sequence) - first)
+        assert packed.response_targets[rows].tolist() == sequence[first:]
+        places = range(bounds[i] + first - 1, bounds[i + 1] - 1)
+        assert packed.kept[rows].tolist() == list(places)
+        predicted = rows.stop
+    assert len(packed.response_targets) == len(packed.kept) == predicted
     assert bounds[-1] == packed.input_ids.numel() == sum(map(len, sequences))
     assert packed.lengths == tuple(map(len, sequences)) and packed.max_seqlen == max(packed.lengths)
-    assert packed.kept.equal((packed.targets != IGNORE_INDEX).nonzero()[:, 0])
     assert packed.input_ids[packed.last_index].tolist() == [s[-1] for s in sequences]
 
 

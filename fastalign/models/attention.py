@@ -3,6 +3,9 @@
 A pack is one row of N tokens: sequence after sequence, `cu_seqlens` marking where each begins, no
 padding. The cost is the sum of the squares of the lengths, never the square of the sum: no N x N
 mask is made. What computes it is `attention_kernels`' to say; which one runs is logged once.
+
+A causal model reads a prompt that several sequences share once (`pack(..., share=True)`): its
+states do not depend on what comes after it.
 """
 
 from __future__ import annotations
@@ -15,13 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastalign.data.packing import Packed, Shared, pack
 from fastalign.errors import UserError
 from fastalign.models import attention_kernels
 
 NAME = "fastalign_packed"
 log = logging.getLogger("fastalign")
 _announced: set[str] = set()
+TOLERANCE = 1e-2
+"""Relative difference of `check_packed`, with room for bfloat16."""
 _trying = False  # check_packed is at work, which says nothing of what will run
+
+
+class NotCausal(ValueError):
+    """A prompt is shared in attention that looks ahead."""
 
 
 def _announce(what: str) -> None:
@@ -42,6 +52,7 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     segment_lengths: Sequence[int] | None = None,
+    shared_prompts: Shared | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered with `transformers` under the name `fastalign_packed`.
@@ -49,12 +60,15 @@ def packed_attention(
     Args:
         query, key, value: [1, heads, N, d] (fewer key/value heads than query heads are allowed).
         cu_seq_lens_q: int32 [S + 1]; segment_lengths: the same as S lengths on the host.
+        max_length_q: of the longest sequence, its prompt counted wherever that lies.
+        shared_prompts: which sequences read a prompt that another one holds.
 
     Returns:
         ([1, N, heads, d], None).
 
     Raises:
         ValueError: no segments were given.
+        NotCausal: a prompt is shared, and its states would depend on what comes after it.
         UserError: the model needs a sliding window shorter than a segment, a soft-cap or a position
             bias, which packed attention does not have; or the kernel asked for does not run here.
     """
@@ -70,6 +84,8 @@ def packed_attention(
         if kwargs.get(name) is not None:
             raise UserError(f"packed attention: the model needs {name}, which is not supported")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if shared_prompts is not None and not causal:
+        raise NotCausal("packed attention: only causal attention can share prompts")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # rotary embeddings leave queries and keys in fp32
@@ -77,7 +93,9 @@ def packed_attention(
         query, key, value = query.to(low), key.to(low), value.to(low)
     name = attention_kernels.chosen(query, dropout)
     _announce(f"{name} ({kind}, {query.dtype})")
-    options = {"dropout": dropout} if name == "sdpa" else {}
+    options: dict[str, Any] = {"dropout": dropout} if name == "sdpa" else {}
+    if shared_prompts is not None:
+        options["shared"] = shared_prompts
     out = attention_kernels.KERNELS[name](
         query, key, value, cu_seq_lens_q, segment_lengths, scale, causal, **options
     )
@@ -87,7 +105,7 @@ def packed_attention(
 @torch.no_grad()
 def check_packed(
     model: Any, packed: Callable[[Any], Tensor], alone: Callable[[Tensor], Tensor]
-) -> None:
+) -> bool:
     """Refuses a model that is not the same function on a pack as on its sequences one by one.
 
     Position offsets of its own, state that runs on from one sequence to the next, or another head
@@ -97,27 +115,45 @@ def check_packed(
         model: whose attention is switched to `transformers`' own for `alone`.
         packed: [N, ...] rows of a pack; alone: [1, T, ...] rows of int64 ids [1, T].
 
+    Returns:
+        Whether it is so too where a prompt is shared, as of all models that are causal and know a
+        token's place by its position id.
+
     Raises:
         UserError: the rows differ by more than rounding.
     """
-    from fastalign.data.packing import pack
-
     device = model.get_input_embeddings().weight.device
     vocab = model.config.vocab_size
     sequences = [[i * 37 % vocab for i in range(3)], [(i * 53 + 1) % vocab for i in range(5)]]
+    answers = [[*sequences[0], (i * 29 + 2) % vocab] for i in range(2)]
     was_training = model.training
     model.eval()
     with _trial():
         together = packed(pack(sequences).to(device))
+        try:
+            shared = packed(pack(answers, [3, 3], share=True).to(device))
+        except NotCausal:
+            shared = None
     with attention(model, "sdpa"):
-        apart = torch.cat([alone(torch.tensor([s], device=device))[0] for s in sequences])
+        apart, answered = (
+            [alone(torch.tensor([s], device=device))[0] for s in ids]
+            for ids in (sequences, answers)
+        )
     model.train(was_training)
-    error = ((together - apart).abs().max() / apart.abs().max().clamp_min(1e-6)).item()
-    if not error < 1e-2:
+    error = _difference(together, torch.cat(apart))
+    if not error < TOLERANCE:
         raise UserError(
             f"{type(model).__name__}: a pack does not give what its sequences give one by one "
             f"(relative difference {error:.2g}); such models are not supported"
         )
+    if shared is None:
+        return False
+    return _difference(shared, torch.cat([answered[0], answered[1][3:]])) < TOLERANCE
+
+
+def _difference(found: Tensor, truth: Tensor) -> float:
+    """The largest, relative to the largest of `truth`."""
+    return ((found - truth).abs().max() / truth.abs().max().clamp_min(1e-6)).item()
 
 
 @contextmanager
@@ -151,10 +187,10 @@ def register() -> None:
     AttentionInterface.register(NAME, packed_attention)
 
 
-def packed_hidden(backbone: nn.Module, packed: Any) -> Tensor:
-    """Last hidden states [N, H] of a `fastalign.data.packing.Packed`: one forward, no padding, and
-    no wait for the device."""
+def packed_hidden(backbone: nn.Module, packed: Packed) -> Tensor:
+    """Last hidden states [N, H] of a pack: one forward, no padding, and no wait for the device."""
     cu = packed.cu_seqlens
+    options = {} if packed.shared is None else {"shared_prompts": packed.shared}
     out = backbone(
         input_ids=packed.input_ids.unsqueeze(0),
         position_ids=packed.position_ids.unsqueeze(0),
@@ -164,5 +200,6 @@ def packed_hidden(backbone: nn.Module, packed: Any) -> Tensor:
         max_length_q=packed.max_seqlen,
         max_length_k=packed.max_seqlen,
         segment_lengths=packed.lengths,
+        **options,
     )
     return out.last_hidden_state.squeeze(0)

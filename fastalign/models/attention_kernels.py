@@ -1,5 +1,9 @@
 """What computes the attention of a pack: FlashAttention on ragged rows, or SDPA on its sequences.
 
+Sequences that share a prompt read its keys and values where they lie: a sequence's queries are of
+the tokens it holds, its keys of these and of the prompt before them, the last query of the last
+key ("bottom right" where it is causal).
+
     name     needs                                      runs on
     sdpa     nothing                                    everything; any dtype, dropout
     varlen   torch                                      CUDA, float16 and bfloat16
@@ -16,12 +20,13 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalign.data.packing import Shared
 from fastalign.errors import UserError
 
 PACKAGES = {"flash2": "flash-attn", "flash4": "flash-attn-4"}
@@ -96,33 +101,43 @@ def sdpa(
     lengths: Sequence[int],
     scale: float,
     causal: bool,
+    shared: Shared | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Sequence by sequence, short ones of one length in one call; no mask, no padding.
+    """Sequence by sequence, short ones of one length in one call; no padding, and a mask only where
+    a prompt is read elsewhere: of what a sequence holds by what it reads.
 
     Args:
         query, key, value: [1, heads, N, d]; fewer heads of keys and values are allowed.
         cu_seqlens: int32 [S + 1]; lengths: the same as S lengths on the host.
+        shared: which sequences read a prompt that another one holds.
 
     Returns:
         [1, N, heads, d].
     """
-    alike: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        alike.setdefault(length if length <= TOGETHER else -1 - i, []).append(i)
-    parts = [t.split(list(lengths), dim=2) for t in (query, key, value)]
+    spans = ((0, 0),) * len(lengths) if shared is None else shared.spans
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, (length, (_, before)) in enumerate(zip(lengths, spans, strict=True)):
+        together = length + before <= TOGETHER
+        alike.setdefault((length, before) if together else (-1 - i, before), []).append(i)
+    queries, keys, values = (t.split(list(lengths), dim=2) for t in (query, key, value))
     out: list[Tensor] = [query] * len(lengths)
-    for rows in alike.values():
-        q, k, v = (
-            part[rows[0]] if len(rows) == 1 else torch.cat([part[i] for i in rows])
-            for part in parts
+    for (_, before), rows in alike.items():
+        q = _joined([queries[i] for i in rows], 0)
+        k, v = (
+            _joined([_after_prompt(whole, parts[i], spans[i]) for i in rows], 0)
+            for whole, parts in ((key, keys), (value, values))
         )
+        mask = None
+        if before and causal:
+            mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before)
         found = F.scaled_dot_product_attention(
             q,
             k,
             v,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=causal,
+            is_causal=causal and mask is None,
             scale=scale,
             enable_gqa=k.shape[1] != q.shape[1],
         )
@@ -131,9 +146,49 @@ def sdpa(
     return torch.cat(out, dim=1)
 
 
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _after_prompt(whole: Tensor, own: Tensor, span: tuple[int, int]) -> Tensor:
+    """Keys or values that a sequence reads: [1, heads, before + length, d]."""
+    begin, before = span
+    return torch.cat([whole.narrow(2, begin, before), own], dim=2) if before else own
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """[1, heads, N, d] -> [N, heads, d], as the ragged kernels take it."""
     return tensor.squeeze(0).transpose(0, 1)
+
+
+class _Ragged(NamedTuple):
+    """Arguments of a ragged kernel, in their order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+def _ragged(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    shared: Shared | None,
+) -> _Ragged:
+    """Keys and values as each sequence reads them."""
+    q, k, v = _rows(query), _rows(key), _rows(value)
+    longest = max(lengths)
+    if shared is None:
+        return _Ragged(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+    k, v = (t.index_select(0, shared.keys) for t in (k, v))
+    read = max(n + before for n, (_, before) in zip(lengths, shared.spans, strict=True))
+    return _Ragged(q, k, v, cu_seqlens, shared.cu_seqlens, longest, read)
 
 
 def varlen(
@@ -144,6 +199,7 @@ def varlen(
     lengths: Sequence[int],
     scale: float,
     causal: bool,
+    shared: Shared | None = None,
 ) -> Tensor:
     """torch's own; arguments and result as `sdpa`."""
     from torch.nn.attention.varlen import varlen_attn
@@ -164,9 +220,8 @@ def varlen(
         options["scale"] = scale
     else:  # older signature: 1/sqrt(d) is built in, so fold the rest into the query
         query = query * (scale * query.shape[-1] ** 0.5)
-    longest = max(lengths)
-    q, k, v = _rows(query), _rows(key), _rows(value)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    ragged = _ragged(query, key, value, cu_seqlens, lengths, shared)
+    out = varlen_attn(*ragged, **options)
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
 
@@ -179,11 +234,14 @@ def flash2(
     lengths: Sequence[int],
     scale: float,
     causal: bool,
+    shared: Shared | None = None,
 ) -> Tensor:
     """flash-attn 2; arguments and result as `sdpa`."""
     from flash_attn import flash_attn_varlen_func
 
-    return _flash(flash_attn_varlen_func, query, key, value, cu_seqlens, lengths, scale, causal)
+    return _flash(
+        flash_attn_varlen_func, query, key, value, cu_seqlens, lengths, scale, causal, shared
+    )
 
 
 def flash4(
@@ -194,11 +252,14 @@ def flash4(
     lengths: Sequence[int],
     scale: float,
     causal: bool,
+    shared: Shared | None = None,
 ) -> Tensor:
     """flash-attn-4; arguments and result as `sdpa`."""
     from flash_attn.cute import flash_attn_varlen_func
 
-    return _flash(flash_attn_varlen_func, query, key, value, cu_seqlens, lengths, scale, causal)
+    return _flash(
+        flash_attn_varlen_func, query, key, value, cu_seqlens, lengths, scale, causal, shared
+    )
 
 
 def _flash(
@@ -210,19 +271,11 @@ def _flash(
     lengths: Sequence[int],
     scale: float,
     causal: bool,
+    shared: Shared | None,
 ) -> Tensor:
-    longest = max(lengths)
-    out = function(
-        _rows(query),
-        _rows(key),
-        _rows(value),
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=scale,
-        causal=causal,
-    )
+    ragged = _ragged(query, key, value, cu_seqlens, lengths, shared)
+    where = dict(zip(ragged._fields[3:], ragged[3:], strict=True))
+    out = function(*ragged[:3], **where, softmax_scale=scale, causal=causal)
     if isinstance(out, tuple):  # some versions of 4 give the log-sum-exp too
         out = out[0]
     found: Tensor = out.unsqueeze(0)

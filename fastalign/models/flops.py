@@ -4,7 +4,8 @@ A product of [n, a] with [a, b] counts 2 n a b. Of a forward pass:
 
     matrices of the trunk    2 * elements * tokens; of a mixture, the experts a token meets
     attention                4 * heads * head width * sum of T^2 over the sequences, a layer;
-                             half of that where a token sees only those before it
+                             half of that where a token sees only those before it; less the P^2 of
+                             a prompt of P tokens for every sequence that reads it in another one
     head                     2 * elements * rows at which it is applied
 
 Norms, activations, rotary embeddings and the softmax are left out, and so is what padding or
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,24 +24,29 @@ from torch import Tensor, nn
 UNCOUNTED = ("kv_lora_rank", "num_hidden_groups", "linear_num_key_heads", "mamba_d_state")
 
 
-def forward_flops(model: nn.Module, lengths: Sequence[int], head_rows: int) -> float:
+def forward_flops(
+    model: nn.Module, lengths: Sequence[int], head_rows: int, before: Sequence[int] = ()
+) -> float:
     """FLOPs of one forward pass over a pack.
 
     Args:
         model: a `Policy`, a `RewardEnsemble` or a `transformers` model.
-        lengths: tokens of each sequence.
+        lengths: tokens that each sequence holds.
         head_rows: rows at which the head (of the language model, or the reward heads) is applied.
+        before: tokens of the prompt that each one reads in another; none without.
 
     Returns:
         The count; NaN where the model has parts whose count is not known (latent or linear
         attention, layers that share weights, convolutions).
     """
     sizes = _sizes(model)
-    squares = sum(t * t for t in lengths)
-    return sum(lengths) * sizes.trunk + squares * sizes.attention + head_rows * sizes.head
+    attention = _squares(lengths, before) * sizes.attention
+    return sum(lengths) * sizes.trunk + attention + head_rows * sizes.head
 
 
-def training_flops(model: nn.Module, lengths: Sequence[int], head_rows: int) -> float:
+def training_flops(
+    model: nn.Module, lengths: Sequence[int], head_rows: int, before: Sequence[int] = ()
+) -> float:
     """FLOPs of a forward and a backward pass over a pack; arguments as `forward_flops`.
 
     Each product has two in the backward pass: one for the gradient of its input, one for that of
@@ -47,13 +54,18 @@ def training_flops(model: nn.Module, lengths: Sequence[int], head_rows: int) -> 
     backward pass at all.
     """
     sizes = _sizes(model)
-    found = forward_flops(model, lengths, head_rows)
+    found = forward_flops(model, lengths, head_rows, before)
     if sizes.trained > 0:
         found += sum(lengths) * (sizes.trunk + sizes.trained) + head_rows * sizes.head
-        found += 2 * sum(t * t for t in lengths) * sizes.attention
+        found += 2 * _squares(lengths, before) * sizes.attention
     if sizes.head_is_trained:
         found += head_rows * sizes.head
     return found
+
+
+def _squares(lengths: Sequence[int], before: Sequence[int]) -> int:
+    """Pairs of a query and a key, twice over where a token sees only those before it."""
+    return sum((t + p) ** 2 - p * p for t, p in zip_longest(lengths, before, fillvalue=0))
 
 
 class _Sizes(NamedTuple):

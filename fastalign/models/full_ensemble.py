@@ -34,6 +34,8 @@ class FullEnsemble(nn.Module):
 
     max_length: int
     """Tokens of context that all of them have."""
+    shares_prompts: bool
+    """Whether all of them take packs in which several sequences share a prompt."""
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class FullEnsemble(nn.Module):
             )
         name, c = next(iter(saved))
         self.members = nn.ModuleList(members)
+        self.shares_prompts = all(member.shares_prompts for member in members)
         self.max_length = min(member.max_length for member in members)
         self.config = EnsembleConfig(
             n_heads=sum(m.config.n_heads for m in members),

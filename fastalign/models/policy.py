@@ -62,7 +62,8 @@ class Policy(nn.Module):
         model.set_attn_implementation(NAME)
         self.value_head = ValueHead(model.config.hidden_size) if value_head else None
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
-        self._check_head()
+        self.shares_prompts = self._check_head()
+        """Whether it takes packs in which several sequences share a prompt."""
 
     @classmethod
     def load(
@@ -129,7 +130,8 @@ class Policy(nn.Module):
         return self.value_head(hidden)
 
     def response_hidden(self, packed: Any) -> Tensor:
-        """Hidden states [M, H] at the M positions whose next token counts (`packed.kept`)."""
+        """Hidden states [M, H] where the next token counts (`packed.kept`), sequence by sequence;
+        the last one of a shared prompt stands in it for every sequence."""
         return self.hidden(packed).index_select(0, packed.kept)
 
     def logprobs(
@@ -149,9 +151,9 @@ class Policy(nn.Module):
         return ops.linear_logprobs(hidden, weight, targets, **options), None
 
     @torch.no_grad()
-    def _check_head(self) -> None:
+    def _check_head(self) -> bool:
         def ours(packed: Any) -> Tensor:
             logits = nn.functional.linear(self.hidden(packed), self.head_weight, self.head_bias)
             return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
-        check_packed(self.model, ours, lambda ids: self.model(input_ids=ids).logits)
+        return check_packed(self.model, ours, lambda ids: self.model(input_ids=ids).logits)

@@ -75,11 +75,12 @@ class RewardEnsemble(nn.Module):
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # unused, and of random weights where loading made it
         encoder.set_attn_implementation(NAME)
-        check_packed(
+        self.shares_prompts = check_packed(
             encoder,
             lambda packed: packed_hidden(encoder, packed),
             lambda ids: encoder(input_ids=ids).last_hidden_state,
         )
+        """Whether it takes packs in which several sequences share a prompt."""
         self.config = config
         width = encoder.config.hidden_size
         rows = []

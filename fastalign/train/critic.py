@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import losses
-from fastalign.data.packing import Packed, pack, token_budget_batches
+from fastalign.data.packing import Packed, pack, same_prompts, token_budget_batches
 from fastalign.errors import UserError
 from fastalign.models import Policy, RewardEnsemble, load_tokenizer
 from fastalign.models.attention import NAME, packed_hidden, register
@@ -59,6 +59,11 @@ class Critic(Protocol):
         policy's."""
         ...
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether it takes packs in which several responses share a prompt."""
+        ...
+
     def values(self, packed: Packed, hidden: Tensor | None = None) -> Tensor:
         """fp32 [M]: V of the states before the M response tokens of a pack, differentiable.
 
@@ -88,6 +93,10 @@ class TrunkCritic:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+
+    @property
+    def shares_prompts(self) -> bool:
+        return self.policy.shares_prompts
 
     def values(self, packed: Packed, hidden: Tensor | None = None) -> Tensor:
         return self.policy.values(self.policy.response_hidden(packed) if hidden is None else hidden)
@@ -128,11 +137,12 @@ class OwnCritic(nn.Module):
     Args:
         trunk: a causal `transformers` base model with packed attention.
         head: [N, H] -> fp32 [N].
+        shares_prompts: see `Critic`.
     """
 
-    def __init__(self, trunk: Any, head: nn.Module) -> None:
+    def __init__(self, trunk: Any, head: nn.Module, shares_prompts: bool) -> None:
         super().__init__()
-        self.trunk, self.head = trunk, head
+        self.trunk, self.head, self.shares_prompts = trunk, head, shares_prompts
         self.requires_grad_(True).eval()
 
     @property
@@ -179,19 +189,20 @@ def make_critic(
         if policy.value_head is None:
             raise RunError("critic trunk: expected a policy with a value head, got one without")
         return TrunkCritic(policy)
-    own = _separate(config) if config.critic == "separate" else _of_reward(config, tokenizer)
+    separate = config.critic == "separate"
+    own = _separate(config, policy) if separate else _of_reward(config, tokenizer)
     if config.activation_checkpointing:
         recompute_activations(own.trunk)
     return own.to(device)
 
 
-def _separate(config: CriticOptions) -> OwnCritic:
+def _separate(config: CriticOptions, policy: Policy) -> OwnCritic:
     from transformers import AutoModel
 
     register()
     trunk = load_model(config.policy, AutoModel)
     trunk.set_attn_implementation(NAME)
-    return OwnCritic(trunk, ValueHead(trunk.config.hidden_size))
+    return OwnCritic(trunk, ValueHead(trunk.config.hidden_size), policy.shares_prompts)
 
 
 def _of_reward(config: CriticOptions, tokenizer: Any) -> OwnCritic:
@@ -210,7 +221,8 @@ def _of_reward(config: CriticOptions, tokenizer: Any) -> OwnCritic:
     ensemble = RewardEnsemble.load(folder)
     check_same_tokenizer(tokenizer, load_tokenizer(folder), config.policy, folder)
     check_causal(ensemble.encoder, folder)
-    return OwnCritic(ensemble.encoder, LinearHead(ensemble, entries[0].weight))
+    head = LinearHead(ensemble, entries[0].weight)
+    return OwnCritic(ensemble.encoder, head, ensemble.shares_prompts)
 
 
 @torch.no_grad()
@@ -240,7 +252,8 @@ def values_of(critic: Critic, rollouts: list[Rollout], micro_tokens: int, dtype:
         dtype: of it, as in the configuration.
     """
     rows: list[Tensor] = [torch.empty(0)] * len(rollouts)
-    for batch in token_budget_batches(_lengths(rollouts), micro_tokens):
+    prompts = same_prompts(r.prompt for r in rollouts) if critic.shares_prompts else None
+    for batch in token_budget_batches(_lengths(rollouts), micro_tokens, prompts=prompts):
         with autocast(_device(critic), dtype):
             values = critic.values(_packed([rollouts[i] for i in batch], critic)).cpu()
         sizes = [len(rollouts[i].completion) for i in batch]
@@ -311,13 +324,15 @@ def pretrain(
     parameters = critic.trained()
     adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     lengths = [_lengths(rollouts)[i] for i in train]
+    share = critic.shares_prompts
+    prompts = same_prompts(rollouts[i].prompt for i in train) if share else None
     done, epoch, last = 0, 0, []
     while done < steps:
         order = stream(seed, "pretrain", epoch)
         for batch in token_budget_batches(lengths, batch_tokens, generator=order)[: steps - done]:
             n_tokens = sum(sizes[train[i]] for i in batch)
             total = torch.zeros((), device=device)
-            for micro in distributed.micros(module, batch, lengths, micro_tokens):
+            for micro in distributed.micros(module, batch, lengths, micro_tokens, prompts):
                 chosen = [train[i] for i in micro.rows]
                 with autocast(device, dtype):
                     values = critic.values_alone(_packed([rollouts[i] for i in chosen], critic))
@@ -358,4 +373,5 @@ def _device(critic: Critic) -> torch.device:
 def _packed(rollouts: list[Rollout], critic: Critic) -> Packed:
     """One pack on the critic's device; its targets are the response tokens."""
     sequences = [r.prompt + r.completion for r in rollouts]
-    return pack(sequences, [len(r.prompt) for r in rollouts]).to(_device(critic))
+    prompts = [len(r.prompt) for r in rollouts]
+    return pack(sequences, prompts, share=critic.shares_prompts).to(_device(critic))

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastalign.data.packing import token_budget_batches
+from fastalign.data.packing import Prompts, batches_of, held
 from fastalign.errors import UserError
 
 T = TypeVar("T")
@@ -185,42 +185,65 @@ class Micro:
 
 
 def plan_micros(
-    batch: Sequence[int], lengths: Sequence[int], budget: int, size: int
+    batch: Sequence[int],
+    lengths: Sequence[int],
+    budget: int,
+    size: int,
+    prompts: Prompts | None = None,
 ) -> list[list[Micro]]:
     """The passes of every process over one batch, as many for each of them.
+
+    Sequences of one prompt stay together in one pass, unless they have more tokens than a pass or
+    than a process's even share of the batch.
 
     Args:
         batch: the sequences of the step.
         lengths: tokens of each sequence there is, not only of the batch's.
         budget: most tokens of one pass.
         size: number of processes.
+        prompts: of each sequence there is, where those of one prompt share it.
     """
-    plans = [
-        [
-            Micro([batch[own[i]] for i in micro])
-            for micro in token_budget_batches([lengths[batch[j]] for j in own], budget)
-        ]
-        for own in shares([lengths[i] for i in batch], size)
-    ]
+    pieces = [[i] for i in batch]
+    if prompts is not None:
+        together = batches_of(batch, lengths, sum(lengths[i] for i in batch), prompts)
+        room = min(budget, -(-sum(held(together, lengths, prompts)[0]) // size))
+        numbers = dict.fromkeys(prompts.ids[i] for i in batch)
+        of_prompt = ([i for i in batch if prompts.ids[i] == number] for number in numbers)
+        pieces = [p for rows in of_prompt for p in batches_of(rows, lengths, room, prompts)]
+    place = {i: k for k, i in enumerate(batch)}
+    plans = []
+    for taken in shares([sum(held([piece], lengths, prompts)[0]) for piece in pieces], size):
+        own = sorted((i for k in taken for i in pieces[k]), key=lambda i: place[i])
+        plans.append([Micro(rows) for rows in batches_of(own, lengths, budget, prompts)])
     most = max(len(plan) for plan in plans)
     idle = Micro([min(batch, key=lambda i: lengths[i])], counts=False)
     return [plan + [idle] * (most - len(plan)) for plan in plans]
 
 
+def passes(
+    batch: Sequence[int], lengths: Sequence[int], budget: int, prompts: Prompts | None = None
+) -> list[list[int]]:
+    """The sequences of each pass that all processes together make over a batch, without those that
+    do not count; arguments are those of `plan_micros`."""
+    plans = plan_micros(batch, lengths, budget, world().size, prompts)
+    return [micro.rows for plan in plans for micro in plan if micro.counts]
+
+
 def micros(
-    module: nn.Module, batch: Sequence[int], lengths: Sequence[int], budget: int
+    module: nn.Module,
+    batch: Sequence[int],
+    lengths: Sequence[int],
+    budget: int,
+    prompts: Prompts | None = None,
 ) -> Iterator[Micro]:
     """This process's passes over a batch, one after the other, each for a forward and a backward of
     `module`; the gradients of embeddings and head are summed over the processes after the last.
 
-    Arguments are those of `plan_micros`. One process takes the sequences in the batch's order.
+    Arguments are those of `plan_micros`. One process takes the sequences in the batch's order, but
+    for those that share a prompt.
     """
     here = world()
-    if here.size == 1:
-        for rows in token_budget_batches([lengths[i] for i in batch], budget):
-            yield Micro([batch[i] for i in rows])
-        return
-    own = plan_micros(batch, lengths, budget, here.size)[here.rank]
+    own = plan_micros(batch, lengths, budget, here.size, prompts)[here.rank]
     for k, micro in enumerate(own):
         last = k == len(own) - 1
         if is_sharded(module):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastalign import ops
 from fastalign.data import source
-from fastalign.data.packing import Packed, epochs_of_batches, token_budget_batches
+from fastalign.data.packing import epochs_of_batches, token_budget_batches
 from fastalign.losses import KTO
 from fastalign.losses.preference import PreferenceLoss
 from fastalign.models import Policy, load_tokenizer
@@ -30,6 +30,7 @@ from fastalign.train import distributed
 from fastalign.train.distributed import Micro
 from fastalign.train.optim import Optimizer
 from fastalign.train.preference_data import Examples, load_examples
+from fastalign.train.preference_metrics import Means, Part, statistics
 from fastalign.train.preference_variants import OPTIONS, preference_loss, reference_mode
 from fastalign.train.reference import logprobs, precompute, ref_logprobs
 from fastalign.train.run import (
@@ -119,19 +120,6 @@ class DPOConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one forward pass reads: some examples in a pack, and what the loss takes of them."""
-
-    chosen: list[int]
-    packed: Packed
-    bounds: Tensor
-    """int64 [S + 1], where each response starts among the targets that count."""
-    inputs: dict[str, Any]
-    counts: bool = True
-    """False for a pass that another process's share asks for, see `distributed`."""
-
-
-@dataclass(frozen=True)
 class Trainee:
     """The policy, what it is compared with, and the loss."""
 
@@ -201,67 +189,18 @@ class Trainee:
         """Whether a step makes passes beside the policy's own."""
         return self.reference is not None or self.config.strangers
 
-    def reference_flops(self, examples: Examples, rows: list[int]) -> float:
-        """Of these passes: the reference's, and the policy's over strangers."""
+    def reference_flops(self, examples: Examples, passes: list[list[int]]) -> float:
+        """Of the passes beside these of the policy: the reference's, and the policy's over
+        strangers."""
         found = 0.0
         for responses in (examples.responses, examples.strangers):
             if responses is not None:
-                size = responses.size(rows)
+                size = responses.size(passes)
                 if self.reference is not None:
                     found += forward_flops(self.reference, *size)
                 if responses is examples.strangers:
                     found += forward_flops(self.policy, *size)
         return found
-
-
-class Means:
-    """Means over a batch from the means over its parts."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, name: str, mean: Tensor, count: int) -> None:
-        if count:
-            self.sums[name] = self.sums.get(name, 0.0) + mean.double() * count
-            self.counts[name] = self.counts.get(name, 0) + count
-
-    def metrics(self) -> dict[str, float]:
-        """Over all processes."""
-        own = {name: (float(total), self.counts[name]) for name, total in self.sums.items()}
-        shares = [share for (share,) in distributed.gather([own])]
-        names = dict.fromkeys(name for share in shares for name in share)
-        found = {name: [share[name] for share in shares if name in share] for name in names}
-        return {
-            name: sum(total for total, _ in parts) / sum(count for _, count in parts)
-            for name, parts in found.items()
-        }
-
-
-def statistics(means: Means, out: ops.LossOutput, examples: Examples, part: Part) -> None:
-    """Adds what people log of a part of a batch.
-
-    Rewards and log-probs are means over examples (KTO: over the desirable, "chosen", and over the
-    others). "drift/k1" and "drift/k3" are estimates of a KL in nats per token, but over responses
-    that the policy did not sample: how far it has moved on the data. "entropy" in nats per token.
-    """
-    if not part.counts:
-        return
-    n_tokens = out.logp.numel()
-    desirable = None
-    if examples.per_example == 1:
-        assert examples.flags is not None
-        desirable = int(examples.flags[part.chosen].sum())
-    for name, mean in out.metrics.items():
-        if name.startswith(("rewards/", "logps/")):
-            count = len(part.chosen)
-            if desirable is not None:
-                count = desirable if name.endswith("/chosen") else count - desirable
-            means.add(name, mean, count)
-    means.add("entropy", out.metrics["entropy"], n_tokens)
-    for kind in ("k1", "k3"):
-        if f"ref_{kind}" in out.metrics:
-            means.add(f"drift/{kind}", out.metrics[f"ref_{kind}"], n_tokens)
 
 
 @torch.no_grad()
@@ -273,7 +212,9 @@ def evaluate(trainee: Trainee, examples: Examples) -> dict[str, float]:
     trainee.policy.eval()
     everything = list(range(len(examples)))
     total, parts = 0.0, list[dict[str, Tensor]]()
-    passes = token_budget_batches(examples.lengths, trainee.config.micro_tokens)
+    passes = token_budget_batches(
+        examples.packed_lengths, trainee.config.micro_tokens, prompts=examples.prompts
+    )
     z0 = trainee.baseline(examples, everything)
     for rows in passes:
         part = trainee.part(examples, Micro(rows), z0)
@@ -350,6 +291,9 @@ def train(config: DPOConfig) -> Path:
     policy.train()
     trainee = Trainee(policy, reference, loss, config)
     inputs = Inputs(data=examples.responses.items, start=policy)
+    for pairs in (examples, held_out):
+        if pairs is not None and pairs.per_example == 2 and policy.shares_prompts:
+            pairs.share_prompts()
 
     schedule = epochs_of_batches(examples.lengths, config.epochs, config.batch_tokens, config.seed)
     with Run(config, "dpo", len(schedule)) as run:
@@ -374,13 +318,14 @@ def train(config: DPOConfig) -> Path:
             log_evaluation(0, found_before)
         for step in range(start + 1, len(schedule) + 1):
             batch = schedule[step - 1]
-            rows = examples.rows(batch)
+            form = batch, examples.packed_lengths, config.micro_tokens, examples.prompts
+            passes = [examples.rows(rows) for rows in distributed.passes(*form)]
             means, total = Means(), torch.zeros((), device=device)
             beside = "reference" if trainee.looks_up else "update"
             with run.meter.phase(beside):
                 z0 = trainee.baseline(examples, batch)
-                run.meter.count(flops=trainee.reference_flops(examples, rows))
-            for micro in distributed.micros(policy, batch, examples.lengths, config.micro_tokens):
+                run.meter.count(flops=trainee.reference_flops(examples, passes))
+            for micro in distributed.micros(policy, *form):
                 with run.meter.phase(beside):
                     part = trainee.part(examples, micro, z0)
                 with run.meter.phase("update"):
@@ -395,12 +340,10 @@ def train(config: DPOConfig) -> Path:
                     metrics["kl_baseline"] = float(z0)
                 metrics |= optimizer.update(run, step, total, {"hidden states": hidden})
                 optimizer.next_step()
-                lengths, n_trained = examples.responses.size(rows)
-                run.meter.count(
-                    sum(lengths),
-                    trained=n_trained,
-                    flops=training_flops(policy, lengths, n_trained),
-                )
+                own, n_trained, before = examples.responses.size(passes)
+                flops = training_flops(policy, own, n_trained, before)
+                run.meter.count(sum(own), trained=n_trained, flops=flops)
+                metrics["tokens/repeated"] = sum(before)
             run.log(step, "train", metrics | run.meter.metrics())
             if step % config.eval_every == 0 or step == len(schedule):
                 log_evaluation(step, sampled.after(run, step == len(schedule)))

@@ -9,13 +9,22 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastalign import ops
-from fastalign.data.packing import Packed, pack, token_budget_batches
+from fastalign.data.packing import (
+    Packed,
+    Prompts,
+    batches_of,
+    held,
+    pack,
+    same_prompts,
+    token_budget_batches,
+)
 from fastalign.models import Policy
 from fastalign.models.flops import forward_flops
 from fastalign.rollout import Engine, Rollout, SamplingConfig
@@ -58,6 +67,11 @@ class Experience:
     def lengths(self) -> list[int]:
         """Tokens of prompt and response of each."""
         return [len(r.prompt) + len(r.completion) for r in self.rollouts]
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """Which responses answer the same one."""
+        return same_prompts(r.prompt for r in self.rollouts)
 
     @property
     def finished(self) -> Tensor:
@@ -107,9 +121,11 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
     return {f"{name}_std": values.std().item()} if values.numel() > 1 else {}
 
 
-def packed(rollouts: list[Rollout]) -> Packed:
-    """One pack of whole sequences in the rollouts' order; its targets are the response tokens."""
-    return pack([r.prompt + r.completion for r in rollouts], [len(r.prompt) for r in rollouts])
+def packed(rollouts: list[Rollout], share: bool = False) -> Packed:
+    """One pack in the rollouts' order; its targets are the response tokens. `share`: rollouts of
+    one prompt in a row hold it once."""
+    sequences = [r.prompt + r.completion for r in rollouts]
+    return pack(sequences, [len(r.prompt) for r in rollouts], share=share)
 
 
 def merged(parts: list[Experience]) -> Experience:
@@ -207,17 +223,29 @@ class Collector:
 
     def _count(self, meter: Meter, found: Experience) -> None:
         """What all processes' responses cost, by phase."""
-        # The reference has the policy's shape; a token is read once, keys and values kept.
-        passes = forward_flops(self.reference, found.lengths, found.n_tokens)
+        n, policy = found.n_tokens, self.reference  # of the policy's shape
         with meter.phase("generate"):
-            meter.count(found.tokens, flops=passes)
+            own, before = held([range(len(found.rollouts))], found.lengths, found.prompts)
+            meter.count(sum(own), flops=forward_flops(policy, own, n, before))
         with meter.phase("score"):
-            meter.count(flops=self.reward.flops(found.lengths))
+            own, before = self._held(found, self.reward.shares_prompts)
+            meter.count(flops=self.reward.flops(own, before))
         if isinstance(self.gold, RewardSource):
             with meter.phase("gold"):
-                meter.count(flops=self.gold.flops(found.lengths))
+                own, before = self._held(found, self.gold.shares_prompts)
+                meter.count(flops=self.gold.flops(own, before))
         with meter.phase("reference"):
-            meter.count(flops=passes)
+            own, before = self._held(found, policy.shares_prompts)
+            meter.count(flops=forward_flops(policy, own, n, before))
+
+    def _held(self, found: Experience, share: bool) -> tuple[list[int], list[int]]:
+        """See `packing.held`: of the passes of all processes over their own responses."""
+        prompts, size = found.prompts if share else None, distributed.world().size
+        own: list[list[int]] = [[] for _ in range(size)]
+        for i, rollout in enumerate(found.rollouts):
+            own[rollout.prompt_index % size].append(i)
+        shares = [batches_of(rows, found.lengths, self.micro_tokens, prompts) for rows in own]
+        return held(chain.from_iterable(shares), found.lengths, prompts)
 
     @torch.no_grad()
     def _collect(
@@ -269,10 +297,12 @@ class Collector:
         was_training = policy.training
         policy.eval()
         lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
+        share = policy.shares_prompts
+        prompts = same_prompts(r.prompt for r in rollouts) if share else None
         found = torch.empty(2, sum(len(r.completion) for r in rollouts))
         starts = torch.tensor([0] + [len(r.completion) for r in rollouts]).cumsum(0).tolist()
-        for batch in token_budget_batches(lengths, self.micro_tokens):
-            pack_ = packed([rollouts[i] for i in batch]).to(device)
+        for batch in token_budget_batches(lengths, self.micro_tokens, prompts=prompts):
+            pack_ = packed([rollouts[i] for i in batch], share).to(device)
             with autocast(device, self.dtype):
                 logp, h = policy.logprobs(
                     pack_, temperature=self.sampling.temperature, return_entropy=entropy

@@ -1,7 +1,7 @@
 """What preference losses train on: pairs of responses, or single ones with a label.
 
 A batch is chosen by example, a pair or a single response; its sequences lie in one pack, chosen and
-rejected of a pair side by side.
+rejected of a pair side by side, which a model that can reads after one prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastalign.data import source
 from fastalign.data.files import DataError
 from fastalign.data.formats import Completion
-from fastalign.data.packing import Packed, pack
+from fastalign.data.packing import Packed, Prompts, held, pack, same_prompts
 from fastalign.data.tokens import (
     TokenizedCompletion,
     TokenizedPreference,
@@ -46,6 +46,8 @@ class Responses:
         self.counts = [len(item.completion) for item in items]
         self.starts = [0, *accumulate(self.counts)]
         self.ref_logp: Tensor | None = None
+        self.prompts: Prompts | None = None
+        """None: no prompt is shared"""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -53,15 +55,19 @@ class Responses:
     def pack(self, rows: Sequence[int]) -> Packed:
         """One pack whose targets are the response tokens."""
         chosen = [self.items[i] for i in rows]
-        return pack([e.prompt + e.completion for e in chosen], [len(e.prompt) for e in chosen])
+        prompts = [len(e.prompt) for e in chosen]
+        share = self.prompts is not None
+        return pack([e.prompt + e.completion for e in chosen], prompts, share=share)
 
     def bounds(self, rows: Sequence[int]) -> Tensor:
         """int64 [rows + 1]: where each response starts among the pack's targets that count."""
         return torch.tensor([0, *accumulate(self.counts[i] for i in rows)])
 
-    def size(self, rows: Sequence[int]) -> tuple[list[int], int]:
-        """Tokens of each of these sequences, and response tokens in all."""
-        return [self.lengths[i] for i in rows], sum(self.counts[i] for i in rows)
+    def size(self, passes: Sequence[Sequence[int]]) -> tuple[list[int], int, list[int]]:
+        """Of packs of these sequences: tokens that each sequence holds, response tokens in all, and
+        tokens of the prompt that each one reads in another."""
+        own, before = held(passes, self.lengths, self.prompts)
+        return own, sum(self.counts[i] for rows in passes for i in rows), before
 
     def stored(self, rows: Sequence[int]) -> Tensor:
         """fp32, the reference's log-probs of these responses' tokens."""
@@ -83,11 +89,24 @@ class Examples:
     split: bool = False
     """Single responses that are pairs split up, chosen and rejected in turn."""
     lengths: list[int] = field(init=False)
-    """Tokens of each example, prompts included."""
+    """Tokens of each example, the prompt of every response counted."""
+    packed_lengths: list[int] = field(init=False)
+    """The same, a prompt counted once where its responses share it."""
+    prompts: Prompts | None = field(init=False)
+    """Of each example, where they are shared."""
 
     def __post_init__(self) -> None:
         lengths = [sum(self.responses.lengths[i] for i in self.rows([e])) for e in range(len(self))]
-        self.lengths = lengths
+        self.lengths = self.packed_lengths = lengths
+        self.prompts = None
+
+    def share_prompts(self) -> None:
+        """From now on the responses of a pair, and pairs of one prompt, share it in a pack."""
+        self.responses.prompts = same_prompts(item.prompt for item in self.responses.items)
+        self.packed_lengths = [
+            sum(self.responses.size([self.rows([e])])[0]) for e in range(len(self))
+        ]
+        self.prompts = self.responses.prompts.of(self.rows(range(len(self)))[:: self.per_example])
 
     def __len__(self) -> int:
         return len(self.responses) // self.per_example

@@ -70,7 +70,8 @@ def precompute(
         found = _read(path)
         if found is None:
             found = {str(i): _all(policy, s, dtype, micro_tokens) for i, s in enumerate(sets)}
-            meter.count(flops=sum(forward_flops(policy, s.lengths, sum(s.counts)) for s in sets))
+            sizes = [s.size(_passes(s, micro_tokens)) for s in sets]
+            meter.count(flops=sum(forward_flops(policy, *size) for size in sizes))
             folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.partial")
             with failed_writes():
@@ -103,12 +104,18 @@ def _all(policy: Policy, responses: Responses, dtype: str, micro_tokens: int) ->
     """fp32 [T], of every response, on the CPU."""
     device, was_training = policy.head_weight.device, policy.training
     policy.eval()
-    parts = [
-        logprobs(policy, responses.pack(rows).to(device), dtype).cpu()
-        for rows in token_budget_batches(responses.lengths, micro_tokens)
-    ]
+    found = torch.empty(responses.starts[-1])
+    for rows in _passes(responses, micro_tokens):
+        logp = logprobs(policy, responses.pack(rows).to(device), dtype).cpu()
+        parts = logp.split([responses.counts[i] for i in rows])
+        for i, part in zip(rows, parts, strict=True):
+            found[responses.starts[i] : responses.starts[i + 1]] = part
     policy.train(was_training)
-    return torch.cat(parts) if parts else torch.empty(0)
+    return found
+
+
+def _passes(responses: Responses, micro_tokens: int) -> list[list[int]]:
+    return token_budget_batches(responses.lengths, micro_tokens, prompts=responses.prompts)
 
 
 def digest(policy: Policy, sets: Sequence[Responses], dtype: str) -> str:

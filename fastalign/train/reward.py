@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign import ops
 from fastalign.data import source
 from fastalign.data.packing import epochs_of_batches
 from fastalign.data.tokens import TokenizedPreference, tokenize_preferences
 from fastalign.models import RewardEnsemble, load_tokenizer
 from fastalign.models.flops import training_flops
 from fastalign.models.reward import EnsembleConfig
-from fastalign.streams import stream
 from fastalign.train import distributed
 from fastalign.train.head_diversity import warn_of_one_head
 from fastalign.train.label_noise import Labels, relabel, strength
@@ -36,8 +34,12 @@ from fastalign.train.reward_evaluation import (
     out_of_distribution,
     packed,
     pair_length,
+    same_pairs,
     score_pairs,
+    shared_length,
+    sizes,
 )
+from fastalign.train.reward_loss import bootstrap_weights, pair_loss
 from fastalign.train.run import (
     Run,
     RunError,
@@ -201,59 +203,6 @@ class RewardConfig(OptimConfig):
         return margin
 
 
-def bootstrap_weights(n_pairs: int, heads: int, seed: int) -> Tensor:
-    """int64 [n_pairs, heads]: how often each head's draw with replacement holds each pair."""
-    weights = torch.zeros(n_pairs, heads, dtype=torch.int64)
-    for k in range(heads):
-        drawn = torch.randint(n_pairs, (n_pairs,), generator=stream(seed, "bootstrap", k))
-        weights[:, k] = torch.bincount(drawn, minlength=n_pairs)
-    return weights
-
-
-def pair_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    weights: Tensor,
-    totals: Tensor,
-    *,
-    margin: Tensor | float | None = None,
-    label_smoothing: float = 0.0,
-    soft: Tensor | None = None,
-    center_coef: float = 0.0,
-) -> Tensor:
-    """The part of a batch's loss that some of its pairs carry; the parts add up to the whole.
-
-        1/K sum_k  sum_b weights[b, k] (l[b, k] + center_coef (r_w + r_l)[b, k]^2) / totals[k]
-
-    Args:
-        chosen, rejected: fp32 [b, K], scores of these pairs.
-        weights: int64 [b, K], how often each pair counts for each head.
-        totals: int64 [K], the sum of the weights over the whole batch.
-        margin, label_smoothing: as in `ops.bradley_terry_loss`.
-        soft: bool [b], the pairs whose labels are smoothed; None: all.
-        center_coef: weight of the squared sum of a pair's scores.
-    """
-
-    def loss(kept: Tensor, smoothing: float) -> Tensor:
-        return ops.bradley_terry_loss(
-            chosen,
-            rejected,
-            margin=margin,
-            head_mask=kept,
-            totals=totals,
-            label_smoothing=smoothing,
-        )
-
-    if soft is None:
-        total = loss(weights, label_smoothing)
-    else:
-        total = loss(weights * soft[:, None], label_smoothing) + loss(weights * ~soft[:, None], 0.0)
-    if center_coef:
-        squares = (weights * (chosen + rejected).square()).sum(0) / totals.clamp(min=1)
-        total = total + center_coef * squares.mean()
-    return total
-
-
 def load_data(
     config: RewardConfig, tokenizer: Any
 ) -> tuple[list[TokenizedPreference], list[TokenizedPreference]]:
@@ -340,8 +289,10 @@ def train(config: RewardConfig) -> Path:
     distributed.shard(ensemble)
     encoder, scale = list(ensemble.encoder.parameters()), config.grad_scale()
 
-    lengths = [pair_length(p) for p in pairs]
+    lengths, share = [pair_length(p) for p in pairs], ensemble.shares_prompts
     schedule = epochs_of_batches(lengths, config.epochs, config.batch_tokens, config.seed)
+    packed_lengths = [shared_length(p) for p in pairs] if share else lengths
+    prompts = same_pairs(pairs) if share else None
     weights = torch.ones(len(pairs), config.heads, dtype=torch.int64)
     if config.bootstrap == "resample" and config.heads > 1:
         weights = bootstrap_weights(len(pairs), config.heads, config.seed)
@@ -355,14 +306,15 @@ def train(config: RewardConfig) -> Path:
             run.log(0, "labels", counts)
         for step in range(start + 1, len(schedule) + 1):
             batch = schedule[step - 1]
+            form = batch, packed_lengths, config.micro_tokens, prompts
             totals = weights[batch].sum(0)
             total, right = torch.zeros(2, device=device).unbind()
             with run.meter.phase("update"):
-                for micro in distributed.micros(ensemble, batch, lengths, config.micro_tokens):
+                for micro in distributed.micros(ensemble, *form):
                     rows = micro.rows
                     with autocast(device, config.dtype):
-                        scores = ensemble(packed([pairs[i] for i in rows]).to(device))
-                    chosen, rejected = scores.chunk(2)
+                        scores = ensemble(packed([pairs[i] for i in rows], share).to(device))
+                    chosen, rejected = scores[0::2], scores[1::2]
                     kept = (t.to(device) for t in (weights[rows], totals))
                     loss = pair_loss(
                         chosen,
@@ -384,17 +336,11 @@ def train(config: RewardConfig) -> Path:
                     torch._foreach_mul_([p.grad for p in encoder if p.grad is not None], scale)
                 metrics |= optimizer.update(run, step, total, {"scores": scores})
                 optimizer.next_step()
-                responses = [len(r) for i in batch for r in (pairs[i].chosen, pairs[i].rejected)]
-                prompts = [len(pairs[i].prompt) for i in batch for _ in range(2)]
-                run.meter.count(
-                    sum(lengths[i] for i in batch),
-                    trained=sum(responses),
-                    flops=training_flops(
-                        ensemble,
-                        [p + r for p, r in zip(prompts, responses, strict=True)],
-                        len(responses),
-                    ),
-                )
+                own, before = sizes(pairs, distributed.passes(*form), share)
+                responses = sum(len(pairs[i].chosen) + len(pairs[i].rejected) for i in batch)
+                flops = training_flops(ensemble, own, len(own), before)
+                run.meter.count(sum(own), trained=responses, flops=flops)
+                metrics["tokens/repeated"] = sum(before)
             metrics |= run.meter.metrics()
             run.log(step, "train", metrics)
             with run.meter.phase("evaluate"):

@@ -3,27 +3,59 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastalign import ops
-from fastalign.data.packing import Packed, pack, token_budget_batches
+from fastalign.data.packing import (
+    Packed,
+    Prompts,
+    held,
+    pack,
+    same_prompts,
+    token_budget_batches,
+)
 from fastalign.data.tokens import TokenizedPreference
 from fastalign.models import RewardEnsemble
 from fastalign.train.head_diversity import correlation, shuffled
 from fastalign.train.run import autocast
 
 
-def packed(pairs: list[TokenizedPreference]) -> Packed:
-    """One pack: all chosen responses, then all rejected ones."""
-    chosen = [p.prompt + p.chosen for p in pairs]
-    rejected = [p.prompt + p.rejected for p in pairs]
-    return pack(chosen + rejected)
+def packed(pairs: list[TokenizedPreference], share: bool) -> Packed:
+    """One pack: chosen and rejected of each pair in turn. `share`: they hold their prompt once."""
+    sequences = [p.prompt + response for p in pairs for response in (p.chosen, p.rejected)]
+    return pack(sequences, [len(p.prompt) for p in pairs for _ in range(2)], share=share)
 
 
 def pair_length(pair: TokenizedPreference) -> int:
+    """Tokens of both sequences."""
     return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def shared_length(pair: TokenizedPreference) -> int:
+    """The same with the prompt counted once."""
+    return pair_length(pair) - len(pair.prompt)
+
+
+def same_pairs(pairs: list[TokenizedPreference]) -> Prompts:
+    """Of each pair the prompt."""
+    return same_prompts(pair.prompt for pair in pairs)
+
+
+def sizes(
+    pairs: list[TokenizedPreference], passes: Iterable[Sequence[int]], share: bool
+) -> tuple[list[int], list[int]]:
+    """See `packing.held`: of the responses, two of each pair, in packs of these pairs."""
+    own, before = list[int](), list[int]()
+    for rows in passes:
+        both = [(pairs[i].prompt, r) for i in rows for r in (pairs[i].chosen, pairs[i].rejected)]
+        prompts = same_prompts(prompt for prompt, _ in both) if share else None
+        found = held([range(len(both))], [len(p) + len(r) for p, r in both], prompts)
+        own += found[0]
+        before += found[1]
+    return own, before
 
 
 @torch.no_grad()
@@ -35,11 +67,13 @@ def score_pairs(
     was_training = ensemble.training
     ensemble.eval()
     scores = torch.empty(2, len(pairs), ensemble.config.n_heads)
-    lengths = [pair_length(p) for p in pairs]
-    for batch in token_budget_batches(lengths, micro_tokens):
+    share = ensemble.shares_prompts
+    lengths = [shared_length(p) if share else pair_length(p) for p in pairs]
+    prompts = same_pairs(pairs) if share else None
+    for batch in token_budget_batches(lengths, micro_tokens, prompts=prompts):
         with autocast(device, dtype):
-            both = ensemble(packed([pairs[i] for i in batch]).to(device))
-        scores[:, batch] = both.reshape(2, len(batch), -1).cpu()
+            both = ensemble(packed([pairs[i] for i in batch], share).to(device))
+        scores[:, batch] = both.reshape(len(batch), 2, -1).transpose(0, 1).cpu()
     ensemble.train(was_training)
     return scores[0], scores[1]
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from fastalign.data import source
-from fastalign.data.packing import pack, token_budget_batches
+from fastalign.data.packing import pack, same_prompts, token_budget_batches
 from fastalign.models import RewardEnsemble, load_tokenizer
 from fastalign.models.flops import forward_flops
 from fastalign.models.full_ensemble import FullEnsemble
@@ -300,14 +300,19 @@ class RewardSource:
             described.append(facts | {"sha256": self.digests[entry.name]})
         return {"proxy": self.label, "reward": described}
 
-    def flops(self, lengths: list[int]) -> float:
-        """Model FLOPs of scoring sequences of these lengths."""
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether its ensemble takes packs in which several responses share a prompt."""
+        return self.ensemble is not None and self.ensemble.shares_prompts
+
+    def flops(self, lengths: list[int], before: Sequence[int] = ()) -> float:
+        """Model FLOPs of scoring sequences; arguments as `models.flops.forward_flops`."""
         if self.ensemble is None:
             return 0.0
         models = (
             self.ensemble.members if isinstance(self.ensemble, FullEnsemble) else [self.ensemble]
         )
-        return sum(forward_flops(model, lengths, len(lengths)) for model in models)
+        return sum(forward_flops(model, lengths, len(lengths), before) for model in models)
 
     def score(
         self, rollouts: list[Rollout], prompt_texts: list[str], response_texts: list[str]
@@ -392,9 +397,13 @@ def score_packed(
     device = next(ensemble.parameters()).device
     found = torch.empty(len(rollouts), ensemble.config.n_heads)
     sequences = [r.prompt + r.completion for r in rollouts]
-    for batch in token_budget_batches([len(s) for s in sequences], micro_tokens):
+    share, lengths = ensemble.shares_prompts, [len(s) for s in sequences]
+    prompts = same_prompts(r.prompt for r in rollouts) if share else None
+    for batch in token_budget_batches(lengths, micro_tokens, prompts=prompts):
+        asked = [len(rollouts[i].prompt) for i in batch]
+        packed = pack([sequences[i] for i in batch], asked, share=share)
         with autocast(device, dtype):
-            found[batch] = ensemble(pack([sequences[i] for i in batch]).to(device)).cpu()
+            found[batch] = ensemble(packed.to(device)).cpu()
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import losses, ops
-from fastalign.data.packing import Packed, token_budget_batches
+from fastalign.data.packing import Packed, Prompts, batches_of, held, token_budget_batches
 from fastalign.losses.ratio import EXACT
 from fastalign.models import Policy
 from fastalign.models.flops import forward_flops, training_flops
@@ -106,13 +106,22 @@ class Learner:
     def device(self) -> torch.device:
         return self.policy.head_weight.device
 
+    def prompts(self, found: Experience) -> Prompts | None:
+        """Which responses share their prompt; None where policy or critic cannot."""
+        critic = self.critic is None or self.critic.shares_prompts
+        return found.prompts if critic and self.policy.shares_prompts else None
+
     def values(self, found: Experience, meter: Meter) -> Tensor:
         """fp32 [N]: the critic on the state before every response token."""
         config, critic = self.config, self.critic
         assert critic is not None
         self.policy.eval()
         model = self.policy if critic.module is None else critic.module
-        meter.count(flops=forward_flops(model, found.lengths, 0))
+        prompts = found.prompts if critic.shares_prompts else None
+        rows = range(len(found.rollouts))
+        passes = batches_of(rows, found.lengths, config.micro_tokens, prompts)
+        own, before = held(passes, found.lengths, prompts)
+        meter.count(flops=forward_flops(model, own, 0, before))
         return values_of(critic, found.rollouts, config.micro_tokens, config.dtype)
 
     def backward(
@@ -195,6 +204,8 @@ class Learner:
         lengths = [found.lengths[i] for i in buffer.kept]
         if buffer.n_updates == 0:
             run.meter.count(trained=sum(len(found.rollouts[i].completion) for i in buffer.kept))
+            own, _ = held([range(len(found.rollouts))], found.lengths, found.prompts)
+            buffer.metrics["tokens/repeated"] = found.tokens - sum(own)
         while buffer.epoch < config.epochs:
             order = stream(config.seed, "update", step, buffer.epoch)
             batches = token_budget_batches(lengths, config.batch_tokens, generator=order)
@@ -225,10 +236,15 @@ class Learner:
         rows = {name: [t[found.rows(i)] for i in batch] for name, t in tokens.items()}
         rows, more = method.of_update(rows)
         sums: dict[str, Tensor] = {}
-        self._count(run.meter, [found.lengths[i] for i in batch], n_tokens, loss)
+        prompts = self.prompts(found)
+        passes = distributed.passes(batch, found.lengths, config.micro_tokens, prompts)
+        self._count(run.meter, *held(passes, found.lengths, prompts), n_tokens, loss)
         place = {i: k for k, i in enumerate(batch)}
-        for micro in distributed.micros(self.policy, batch, found.lengths, config.micro_tokens):
-            pack_ = experience.packed([found.rollouts[i] for i in micro.rows]).to(self.device)
+        for micro in distributed.micros(
+            self.policy, batch, found.lengths, config.micro_tokens, prompts
+        ):
+            pack_ = experience.packed([found.rollouts[i] for i in micro.rows], prompts is not None)
+            pack_ = pack_.to(self.device)
             at = [place[i] for i in micro.rows]
             inputs = {name: torch.cat([parts[k] for k in at]) for name, parts in rows.items()}
             parts, seen = self.backward(
@@ -255,13 +271,15 @@ class Learner:
             buffer.metrics["sampling_gap"] = gap
         return numbers
 
-    def _count(self, meter: Meter, lengths: list[int], n_tokens: int, loss: Any) -> None:
+    def _count(
+        self, meter: Meter, own: list[int], before: list[int], n_tokens: int, loss: Any
+    ) -> None:
         """What one update costs."""
-        flops = training_flops(self.policy, lengths, n_tokens)
+        flops = training_flops(self.policy, own, n_tokens, before)
         if self.critic is not None and self.critic.module is not None:
-            flops += training_flops(self.critic.module, lengths, 0)
+            flops += training_flops(self.critic.module, own, 0, before)
         if exact_kl(loss):
-            flops += forward_flops(self.reference, lengths, n_tokens)
+            flops += forward_flops(self.reference, own, n_tokens, before)
         meter.count(flops=flops)
 
 
