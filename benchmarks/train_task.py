@@ -42,7 +42,7 @@ SIZES = {
 }
 
 
-def _length(draw: random.Random, median: float, spread: float, least: int, most: int) -> int:
+def length(draw: random.Random, median: float, spread: float, least: int, most: int) -> int:
     return max(least, min(most, round(draw.lognormvariate(0.0, spread) * median)))
 
 
@@ -87,8 +87,8 @@ def write(folder: Path, size: Size, steps: int, seed: int = 0) -> None:
     room = size.max_length // 2 - 2
     records: dict[str, list[dict[str, str]]] = {"completions": [], "preferences": [], "prompts": []}
     for _ in range(size.batch * steps):
-        prompt = _text(draw, _length(draw, 90, 0.8, 4, room), words)
-        chosen, rejected = (_text(draw, _length(draw, 50, 0.9, 2, room), words) for _ in range(2))
+        prompt = _text(draw, length(draw, 90, 0.8, 4, room), words)
+        chosen, rejected = (_text(draw, length(draw, 50, 0.9, 2, room), words) for _ in range(2))
         records["completions"].append({"prompt": prompt, "completion": " " + chosen})
         records["preferences"].append(
             {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected}

@@ -164,9 +164,12 @@ def ragged(heads, kv_heads, dtype=torch.float32, device="cpu"):
 
 
 def attend(tensors, packed, causal=True):
+    query, key, value = tensors
     return packed_attention(
         torch.nn.Identity(),
-        *tensors,
+        query,
+        key,
+        value,
         None,
         cu_seq_lens_q=packed.cu_seqlens,
         max_length_q=packed.max_seqlen,
@@ -317,5 +320,6 @@ def test_what_ragged_kernels_are_given(monkeypatch, name, kv_heads):
 
 
 def test_attention_that_looks_ahead_shares_nothing():
+    tensors, packed = ragged(4, 4)
     with pytest.raises(NotCausal, match="only causal attention can share prompts"):
-        attend(*ragged(4, 4), causal=False)
+        attend(tensors, packed, causal=False)

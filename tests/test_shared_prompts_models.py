@@ -268,9 +268,9 @@ def test_an_update_of_a_policy(method, monkeypatch):
     for share in (False, True):
         model = policy(dtype=torch.float32)
         model.shares_prompts = share
+        of: Any
         if method in ("grpo", "gspo"):
-            form = {"variant": "gspo"} if method == "gspo" else {}
-            of = grpo.GRPO(grpo.GRPOConfig(**options, **form))
+            of = grpo.GRPO(grpo.GRPOConfig(**options, variant=method))
         else:
             of = ppo.PPO(ppo.PPOConfig(**options))
         learner = learner_of(model, of)
@@ -279,14 +279,14 @@ def test_an_update_of_a_policy(method, monkeypatch):
             trunk.set_attn_implementation(NAME)
             learner.critic = OwnCritic(trunk, model.value_head, share)
         found_ = experience_of(rollouts, torch.full((n,), -3.0))
-        taken = {}
-        grads = {}
-        monkeypatch.setattr(
-            learner.optimizer,
-            "update",
-            lambda *args, grads=grads, model=model: grads.update(gradients(model)) or {},
-        )
-        taken |= {"old_logp": found_.logp, "ref_logp": found_.ref_logp}
+        grads: dict[str, torch.Tensor] = {}
+
+        def keep(*args, grads=grads, model=model):
+            grads |= gradients(model)
+            return {}
+
+        monkeypatch.setattr(learner.optimizer, "update", keep)
+        taken = {"old_logp": found_.logp, "ref_logp": found_.ref_logp}
         taken |= tokens | {"old_values": torch.zeros(n)}
         numbers = updated(learner, 1, found_, taken, kl_coef=0.1)
         found[share] = grads, numbers
@@ -295,13 +295,16 @@ def test_an_update_of_a_policy(method, monkeypatch):
 
 
 def test_old_logprobs_values_and_scores():
-    rollouts, seen = some_rollouts(), {}
+    rollouts = some_rollouts()
+    seen: dict[bool, Any] = {}
     n = sum(len(r.completion) for r in rollouts)
     for share in (False, True):
         model, judge = policy(dtype=torch.float32), ensemble(torch.float32)
         model.shares_prompts = judge.shares_prompts = share
-        collector: Any = experience.Collector(
-            None, model, None, None, experience.SamplingConfig(), 60, "float32", None
+        nothing: Any = None
+        sampling = experience.SamplingConfig()
+        collector = experience.Collector(
+            nothing, model, nothing, nothing, sampling, 60, "float32", None
         )
         logp, entropy = collector.logprobs(model, rollouts, entropy=True)
         seen[share] = {
