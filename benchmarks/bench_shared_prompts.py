@@ -5,9 +5,9 @@
 Forward and backward pass of a policy and its loss on the same sequences, both packed, both through
 the same loss head; what differs is `share` of `pack`. No optimizer step, no sampling.
 
-    pairs     DPO on 8 pairs with lengths as those of dialogues: prompts log-normal with a median of
+    pairs     DPO on 4 pairs with lengths as those of dialogues: prompts log-normal with a median of
               90 tokens and a mean of 124, responses with a median of 50 and a mean of 75
-    answers   GRPO on 4 prompts of 100 tokens with 4 responses of 50 to each
+    answers   GRPO on 2 prompts of 100 tokens with 4 responses of 50 to each
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Sequences = tuple[list[list[int]], list[int]]
 
 
 def pairs(size: train_task.Size) -> Sequences:
-    """8 pairs: sequences, and tokens of their prompts."""
+    """4 pairs: sequences, and tokens of their prompts."""
     draw = random.Random(0)
     room = size.max_length // 2
     sequences, prompts = [], []
-    for _ in range(8):
+    for _ in range(4):
         prompt = _tokens(draw, train_task.length(draw, 90, 0.8, 4, room), size)
         for _ in range(2):
             answer = _tokens(draw, train_task.length(draw, 50, 0.9, 2, room), size)
@@ -43,9 +43,9 @@ def pairs(size: train_task.Size) -> Sequences:
 
 
 def answers(size: train_task.Size) -> Sequences:
-    """4 prompts with 4 responses each: sequences, and tokens of their prompts."""
+    """2 prompts with 4 responses each: sequences, and tokens of their prompts."""
     draw = random.Random(0)
-    asked = [_tokens(draw, min(100, size.max_length // 2), size) for _ in range(4)]
+    asked = [_tokens(draw, min(100, size.max_length // 2), size) for _ in range(2)]
     sequences = [
         p + _tokens(draw, min(50, size.max_length // 2), size) for p in asked for _ in "1234"
     ]
@@ -80,7 +80,7 @@ def step(
     loss: Any = losses.DPO(0.1) if task == "pairs" else losses.GRPO("dapo")
     options: dict[str, Any] = {"normalizer": len(hidden)}
     if task == "pairs":
-        options = {"normalizer": 8, "groups": bounds}
+        options = {"normalizer": 4, "groups": bounds}
     out = ops.linear_loss(
         hidden,
         model.head_weight,

@@ -50,7 +50,7 @@ ERRORS = {f"{name}_stderr" for name in COMPARED}
 KEYS = {
     ("sft", "train"): TRAIN | {"perplexity"},
     ("sft", "eval"): COMMON | {"loss", "perplexity"},
-    ("reward", "train"): TRAIN | {"accuracy"},
+    ("reward", "train"): TRAIN | {"accuracy", "tokens/repeated"},
     ("reward", "eval"): COMMON
     | {"loss", "accuracy", "accuracy/ci95", "disagreement"}
     | {"accuracy/head_0", "accuracy/head_1", "accuracy/head_2", "heads/correlation"}
@@ -61,7 +61,8 @@ KEYS = {
     | GUARDS
     | PHASES
     | {"loss/policy", "loss/value", "value/explained_variance", "advantage/std"}
-    | {"policy/residual", "policy/ref_k1", "policy/ref_k3", "sampling_gap"},
+    | {"policy/residual", "policy/ref_k1", "policy/ref_k3", "sampling_gap"}
+    | {"tokens/repeated"},
     ("apa", "eval"): COMMON | POLICY | HEADS | ERRORS | {"n", "sampling_gap"},
 }
 
