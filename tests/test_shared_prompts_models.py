@@ -288,13 +288,29 @@ def test_an_update_of_a_policy(method, monkeypatch):
         monkeypatch.setattr(learner.optimizer, "update", keep)
         taken = {"old_logp": found_.logp, "ref_logp": found_.ref_logp}
         taken |= tokens | {"old_values": torch.zeros(n)}
+        read = tokens_read(model, monkeypatch)
         numbers = updated(learner, 1, found_, taken, kl_coef=0.1)
         found[share] = grads, numbers
+        whole = sum(found_.lengths)
+        assert max(read) <= 60 and (sum(read) < whole - 20 if share else sum(read) == whole)
     same(found[True][0], found[False][0], 2e-5)
     assert found[True][1] == pytest.approx(found[False][1], rel=1e-4, abs=1e-5)
 
 
-def test_old_logprobs_values_and_scores():
+def tokens_read(model, monkeypatch):
+    """Of every pass from now on."""
+    read = list[int]()
+    plain = model.hidden
+
+    def hidden(packed):
+        read.append(packed.input_ids.numel())
+        return plain(packed)
+
+    monkeypatch.setattr(model, "hidden", hidden)
+    return read
+
+
+def test_old_logprobs_values_and_scores(monkeypatch):
     rollouts = some_rollouts()
     seen: dict[bool, Any] = {}
     n = sum(len(r.completion) for r in rollouts)
@@ -306,6 +322,7 @@ def test_old_logprobs_values_and_scores():
         collector = experience.Collector(
             nothing, model, nothing, nothing, sampling, 60, "float32", None
         )
+        read = tokens_read(model, monkeypatch)
         logp, entropy = collector.logprobs(model, rollouts, entropy=True)
         seen[share] = {
             "logp": logp,
@@ -313,6 +330,8 @@ def test_old_logprobs_values_and_scores():
             "values": values_of(TrunkCritic(model), rollouts, 60, "float32"),
             "scores": score_packed(judge, rollouts, 60, "float32"),
         }
+        whole = 2 * sum(len(r.prompt) + len(r.completion) for r in rollouts)
+        assert max(read) <= 60 and (sum(read) < whole - 40 if share else sum(read) == whole)
     assert seen[True]["logp"].shape == (n,)
     same(seen[True], seen[False], 1e-5)
 

@@ -246,7 +246,7 @@ def micros(
     own = plan_micros(batch, lengths, budget, here.size, prompts)[here.rank]
     for k, micro in enumerate(own):
         last = k == len(own) - 1
-        if is_sharded(module):
+        if here.size > 1 and is_sharded(module):
             module.set_requires_gradient_sync(last, recurse=False)  # type: ignore[operator]
             module.set_reshard_after_backward(last, recurse=False)  # type: ignore[operator]
         yield micro
