@@ -11,13 +11,16 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralModel,
 )
 
 from fastalign.data.packing import pack
 from fastalign.data.tokens import TokenizedPreference
+from fastalign.errors import UserError
 from fastalign.losses import DPO
 from fastalign.models import Policy, RewardEnsemble
-from fastalign.models.attention import NAME
+from fastalign.models.attention import NAME, packed_hidden, register
 from fastalign.models.flops import forward_flops, training_flops
 from fastalign.models.recompute import recompute_activations
 from fastalign.models.reward import EnsembleConfig
@@ -177,6 +180,23 @@ def test_an_encoder_that_looks_ahead_reads_every_prompt(monkeypatch):
     scores = score_packed(model, rollouts, 60, "float32")
     truth = torch.cat([model(pack([r.prompt + r.completion])) for r in rollouts]).detach()
     assert torch.allclose(scores, truth, atol=1e-5)
+
+
+def test_a_sliding_window_counts_the_prompt():
+    """What is held is shorter than the window, what is read is not."""
+    register()
+    config = MistralConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=8, head_dim=8
+    )
+    model = MistralModel(config).eval()
+    model.set_attn_implementation(NAME)
+    sequences = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7, 8, 9]]
+    shared = packed_hidden(model, pack(sequences, [4, 4], share=True))
+    plain = packed_hidden(model, pack(sequences, [4, 4]))
+    assert torch.allclose(shared, plain[[0, 1, 2, 3, 4, 9, 10, 11, 12]], atol=1e-6)
+    sequences[1] += [10]
+    with pytest.raises(UserError, match="sliding window is 8 tokens, a sequence has 9"):
+        packed_hidden(model, pack(sequences, [4, 4], share=True))
 
 
 # --- methods --------------------------------------------------------------------------------------
