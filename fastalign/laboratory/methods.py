@@ -28,6 +28,8 @@ from fastalign.rollout import SamplingConfig
 from fastalign.streams import stream
 from fastalign.train import apa, awr, dpo, dt, grpo, mle, ppo, rwr, sft
 
+GROUP = 128  # samples of a round to one of four copies of the prompt
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -73,7 +75,7 @@ class Bench:
             "eval_samples": 64,
             "sampling": SamplingConfig(max_new_tokens=self.source.m, batch_size=4096),
             "prompts_per_step": 4,
-            "samples_per_prompt": 128,
+            "samples_per_prompt": GROUP,
             "batch_tokens": 256 * (self.source.m + 1),
             "schedule": "cosine",
         }
@@ -306,7 +308,7 @@ METHODS = {
             "grpo",
             f"kl_coef {GRPO_KL} (k3)",
             run_grpo,
-            lambda source, base: targets.grpo(source, base, GRPO_KL, 128),
+            lambda source, base: targets.grpo(source, base, GRPO_KL, GROUP),
         ),
         Method(
             "best of n",

@@ -65,7 +65,13 @@ def draw_frontier(axis: Axes, source: dict[str, Any], colours: dict[str, str]) -
             color=colours[name],
             fontweight="bold",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colours[name], "lw": 0.6, "shrinkA": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colours[name],
+                "lw": 0.6,
+                "shrinkA": 0,
+                "relpos": (0.0, 0.5),
+            },
         )
     for line, share, offset, colour, words in (
         (best, 0.7, (-8, 12), INK, "the most that any policy can have"),

@@ -30,6 +30,7 @@ source; in a Markov source it is another policy, near it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -88,20 +89,23 @@ def grpo(source: Source, base: Tensor, kl_coef: float, group: int) -> Tensor:
 
     Of n responses the mean takes in the own one, so that advantages are (n - 1) / n as large.
     """
-    policy = base
-    for _ in range(200):
+    policy, moved = base, 1.0
+    while moved > 1e-14:
         mean = policy @ source.reward
         std = float((policy @ (source.reward - mean).square()).sqrt()) + 1e-4
         scale = (1 - 1 / group) / (std * kl_coef)
-        policy = at_rest(source, base, lambda log_ref, q: forward_kl(log_ref, scale * q))  # noqa: B023
+        before, step = policy, partial(forward_kl, scale=scale)
+        policy = at_rest(source, base, step)
+        moved = float((policy - before).abs().max())
     return policy
 
 
-def forward_kl(log_ref: Tensor, q: Tensor) -> Tensor:
-    """[S, K] log of the pi that maximises E_pi q - KL(ref || pi) at each of S states."""
+def forward_kl(log_ref: Tensor, q: Tensor, scale: float) -> Tensor:
+    """[S, K] log of the pi that maximises scale E_pi q - KL(ref || pi) at each of S states."""
+    q = scale * q
     ref, most = log_ref.exp(), q.amax(1, keepdim=True)
     low, high = torch.zeros_like(most), torch.ones_like(most)
-    for _ in range(100):  # sum ref / (most + x - q) falls from infinity at x = 0 to at most 1
+    for _ in range(60):  # sum ref / (most + x - q) falls from infinity at x = 0 to at most 1
         x = (low + high) / 2
         above = (ref / (most + x - q)).sum(1, keepdim=True) > 1
         low, high = torch.where(above, x, low), torch.where(above, high, x)
