@@ -96,6 +96,7 @@ def test_from_training_to_the_first_round(
     found = json.loads(lines[-1])
     assert ("the heads have become one" in caplog.text) == equal
     assert (found["disagreement"] < 1e-5) == (found["disagreement/shuffled"] < 1e-5) == equal
+    assert (found["disagreement"] == found["disagreement/shuffled"]) == equal  # 0, both
     assert (found["heads/correlation"] > 0.999) == equal
     assert (found["heads/correlation/shuffled"] > 0.999) == equal
     caplog.clear()
