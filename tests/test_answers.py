@@ -92,14 +92,12 @@ def test_no_room_for_a_prompt(road: Path) -> None:
 
 
 def best(road: Path, output: Path, **options: Any) -> bestofn.BestOfNConfig:
+    values: dict[str, Any] = {"limit": 5, "n": 4, "sampling": SHORT}
     return bestofn.BestOfNConfig(
         policy=str(road / "sft" / "model"),
         reward=str(road / "reward" / "model"),
         output=str(output),
-        limit=5,
-        n=4,
-        sampling=SHORT,
-        **options,
+        **(values | options),
     )
 
 
@@ -148,6 +146,14 @@ def test_a_stopped_best_of_n_goes_on(road: Path, tmp_path: Path) -> None:
         assert (folder / name).read_text() == (whole / name).read_text()
     with pytest.raises(RunError, match="already in use"):
         bestofn.run(best(road, folder))
+    for changes, said in (
+        ({"seed": 1}, "a run with seed 0, this one has 1: resume with the former"),
+        ({"target_reward": 2.0}, "a run with target_reward None, this one has 2.0"),
+        ({"sampling": SamplingConfig(max_new_tokens=7, batch_size=8)}, "sampling.max_new_tokens 8"),
+        ({"statistic": "min"}, "a run with statistic None, this one has min"),
+    ):
+        with pytest.raises(RunError, match=said):
+            bestofn.run(best(road, folder, resume="auto", **changes))
 
 
 def test_half_a_line_is_not_read(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from small_models import ensemble, llama, policy, rollouts, tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from fastalign.data.packing import pack
+from fastalign.data.packing import held, pack, same_prompts
 from fastalign.errors import UserError
 from fastalign.models import Policy, RewardEnsemble
 from fastalign.models.attention import packed_hidden
+from fastalign.models.flops import forward_flops, training_flops
 from fastalign.models.policy import ValueHead
 from fastalign.models.reward import EnsembleConfig
 from fastalign.rollout import Rollout
@@ -30,6 +31,7 @@ from fastalign.train.critic import (
     pretrain,
     values_of,
 )
+from fastalign.train.meter import Meter
 from fastalign.train.run import RunError, Stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,6 +227,23 @@ def test_pretraining_holds_every_fourth_prompt_out(folders: SimpleNamespace) -> 
         assert report["value/explained_variance/after"] == pytest.approx(of_held, abs=1e-6)
         found.append(values)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pretraining_counts_its_passes(folders: SimpleNamespace, kind: str) -> None:
+    """Two updates on all responses, of which a trunk under a head is only read; and every response
+    is looked at before and after."""
+    critic, some = make(folders, kind, value_head=True), rollouts(3, 2)
+    meter = Meter(torch.device("cpu"), torch.float32)
+    options = ONE_PASS | {"batch_tokens": 999, "seed": 0, "meter": meter}
+    pretrain(critic, some, returns_of(some), steps=2, lr=1e-2, **options)
+    lengths = [len(r.prompt) + len(r.completion) for r in some]
+    model = critic_modules(critic)[0]
+    learned = forward_flops if kind == "trunk" else training_flops
+    prompts = same_prompts(r.prompt for r in some) if critic.shares_prompts else None
+    own, before = held([range(len(some))], lengths, prompts)
+    expected = 2 * forward_flops(model, own, 0, before) + 2 * learned(model, own, 0, before)
+    assert meter.totals["other"].flops == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["trunk", "separate"])

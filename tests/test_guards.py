@@ -183,6 +183,9 @@ def test_kl_of_a_policy_at_pi_init_is_rounding(caplog: pytest.LogCaptureFixture)
         ([0.7, 0.7, 0.7, 0.7], 1.0, "the rewards of all 4 responses are 0.7: there is nothing"),
         ([0.5, 0.5, 0.7, 0.7], 1.0, "the responses to each prompt all have the same reward: "),
         ([0.5, 0.5, 0.7, 0.8], 0.5, None),
+        ([0.5, 0.500005, 0.7, 0.7], 1.0, "the responses to each prompt all have the same reward: "),
+        ([0.5, 0.50002, 0.7, 0.7], 0.5, None),
+        ([0.7, 0.700005, 0.7, 0.7], 1.0, "the rewards of all 4 responses are 0.7: there is"),
         ([0.1, 0.2, 0.1, 0.2], 0.0, None),
     ],
 )

@@ -21,6 +21,7 @@ from fastalign.testing import TOLERANCES
 from fastalign.train import labels, mle, rwr
 from fastalign.train.kept import Kept, key_of
 from fastalign.train.labels import LabelledConfig, load_labelled, standardised
+from fastalign.train.meter import Meter
 from fastalign.train.run import RunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,15 +135,19 @@ def examples():
 
 def test_keys_tell_data_and_models_apart():
     one, two = examples()
+    cpu = torch.device("cpu")
+    full, half = Meter(cpu, torch.float32), Meter(cpu, torch.bfloat16)
     keys = {
-        key_of([one, two], proxy="mean"),
-        key_of([two, one], proxy="mean"),
-        key_of([one], proxy="mean"),
-        key_of([one, two], proxy="min"),
-        key_of([TokenizedCompletion([1], [2, 3], None)] * 2, proxy="mean"),
+        key_of([one, two], full, proxy="mean"),
+        key_of([two, one], full, proxy="mean"),
+        key_of([one], full, proxy="mean"),
+        key_of([one, two], full, proxy="min"),
+        key_of([TokenizedCompletion([1], [2, 3], None)] * 2, full, proxy="mean"),
+        key_of([one, two], half, proxy="mean"),
+        key_of([one, two], Meter(torch.device("meta"), torch.float32), proxy="mean"),
     }
-    assert len(keys) == 5
-    assert key_of(examples(), proxy="mean") in keys
+    assert len(keys) == 7
+    assert key_of(examples(), Meter(cpu, torch.float32), proxy="mean") in keys
 
 
 def test_what_was_kept_is_read_back(tmp_path, caplog):
@@ -157,17 +162,20 @@ def test_what_was_kept_is_read_back(tmp_path, caplog):
 
     assert Kept(tmp_path).get("labels", "a", never)["x"].tolist() == [1.0] * 3
     again = Kept(tmp_path).get("labels", "b", lambda: {"x": torch.zeros(3)})
-    assert again["x"].tolist() == [0.0] * 3 and "of other data or models" in caplog.text
+    assert again["x"].tolist() == [0.0] * 3
+    assert "of other data, models or precision" in caplog.text
     file = tmp_path / "computed" / "labels.safetensors"
     file.write_bytes(file.read_bytes()[:30])
     found = Kept(tmp_path).get("labels", "a", lambda: {"x": torch.zeros(2)})
     assert found["x"].tolist() == [0.0] * 2 and "labels.safetensors is damaged" in caplog.text
 
 
-def test_a_resumed_run_does_not_score_again(road, tmp_path, monkeypatch):
+def test_a_resumed_run_does_not_score_again(road, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "fastalign")
     folder = str(road / "reward" / "model")
     config = small(mle.MLEConfig, tmp_path, road, reward=folder, limit=6, epochs=1, keep=0.5)
     mle.train(config)
+    assert len([line for line in caplog.messages if line.startswith("energy: ")]) == 1
     cost = json.loads((tmp_path / "accounting.json").read_text())["phases"]["score"]
     assert cost["flops"] > 0 and cost["seconds"] > 0
 

@@ -22,10 +22,12 @@ from learners import (
 from fastalign.data.packing import token_budget_batches
 from fastalign.data.tokens import TokenizedCompletion
 from fastalign.models.attention import attention
+from fastalign.models.flops import training_flops
+from fastalign.rollout import SamplingConfig
 from fastalign.streams import stream
 from fastalign.testing import TOLERANCES
 from fastalign.train.experience import packed
-from fastalign.train.ppo import PPO, PRESETS, PPOConfig
+from fastalign.train.ppo import PPO, PRESETS, PPOConfig, train
 from fastalign.train.run import RunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,3 +256,30 @@ def test_ptx_adds_the_mean_loss_of_other_data_to_the_gradient():
             assert error <= 1e3 * FLOAT32 * p.grad.abs().max() + 1e-7, name
     other = updated(learner, 4, found, tokens)
     assert other["loss/ptx"] != numbers["loss/ptx"]  # drawn anew
+    meter = unread()
+    method.also(policy, 3, 0, meter)
+    lengths, n_tokens = [found.lengths[i] for i in batch], sum(LENGTHS[i] for i in batch)
+    assert meter.totals["other"].flops == training_flops(policy, lengths, n_tokens)
+
+
+def test_a_resumed_run_has_the_same_ptx_data(road, tmp_path):
+    config = PPOConfig(
+        output=str(tmp_path / "run"),
+        policy=str(road / "sft" / "model"),
+        reward=str(road / "reward" / "model"),
+        ptx_coef=0.1,
+        ptx_data="synthetic",
+        ptx_limit=3,
+        ptx_tokens=200,
+        steps=1,
+        prompts_per_step=2,
+        samples_per_prompt=1,
+        eval_limit=2,
+        eval_samples=1,
+        sampling=SamplingConfig(max_new_tokens=4),
+    )
+    train(config)
+    other = dataclasses.replace(config, ptx_limit=2, resume="auto")
+    with pytest.raises(RunError, match="with another ptx_data .3 examples, .* 2 examples"):
+        train(other)
+    train(dataclasses.replace(config, resume="auto"))

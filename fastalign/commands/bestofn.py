@@ -40,10 +40,14 @@ from fastalign.train.run import (
     choose_device,
     claim_folder,
     clear_folder,
+    options_of,
     write_config,
 )
+from fastalign.train.same_run import flat
 
 log = logging.getLogger("fastalign")
+# Options that change no answer and no reward.
+ANY = ("output", "curve", "device", "micro_tokens")
 SAMPLES, SELECTED, CURVE = "samples.jsonl", "selected.jsonl", "curve.json"
 
 
@@ -87,6 +91,8 @@ def run(config: BestOfNConfig) -> Path:
     """Samples, scores, selects; the folder of the results."""
     folder = Path(config.output)
     claim_folder(folder, overwrite=config.overwrite, reuse=config.resume is not None)
+    if config.resume is not None:
+        check_same(config, folder)
     answers, rewards, gold = sources(config)
     if config.overwrite:
         clear_folder(folder)
@@ -121,6 +127,26 @@ def sources(config: BestOfNConfig) -> tuple[Answers, RewardSource, Gold | None]:
     rewards, gold = make_reward(config, tokenizer, device), make_gold(config, tokenizer, device)
     readers = [source for source in (rewards, gold) if isinstance(source, RewardSource)]
     return Answers(config, room=min(source.max_length for source in readers)), rewards, gold
+
+
+def check_same(config: BestOfNConfig, folder: Path) -> None:
+    """Refuses to go on with answers that other options would not have given.
+
+    Raises:
+        RunError: names the first option that differs from those of the stopped run.
+    """
+    import yaml
+
+    path = folder / "config.yaml"
+    if not path.exists():  # it was stopped before anything was sampled
+        return
+    before, now = flat(yaml.safe_load(path.read_text()) or {}), flat(options_of(config))
+    for name, value in now.items():
+        if name not in ANY and before.get(name) != value:
+            raise RunError(
+                f"--resume: the answers in {folder} are of a run with {name} {before.get(name)}, "
+                f"this one has {value}: resume with the former value, or begin a new run"
+            )
 
 
 def sample(

@@ -22,6 +22,7 @@ from fastalign.rollout import Rollout
 from fastalign.train.critic import KINDS as CRITICS
 from fastalign.train.critic import Critic, make_critic, pretrain
 from fastalign.train.experience import Experience
+from fastalign.train.meter import Meter
 from fastalign.train.moments import RunningMoments
 from fastalign.train.online import UNSET, Method, OnlineConfig, Signal, one_of
 from fastalign.train.run import RunError, at_least
@@ -125,7 +126,7 @@ class ActorCritic(Method):
         return rewards
 
     def pretrain(
-        self, critic: Critic, rounds: list[Experience], kl_coef: float
+        self, critic: Critic, rounds: list[Experience], kl_coef: float, meter: Meter
     ) -> dict[str, float]:
         """The critic learns the returns of pi_init's responses before the policy moves."""
         config = self.config
@@ -154,6 +155,7 @@ class ActorCritic(Method):
             micro_tokens=config.micro_tokens,
             dtype=config.dtype,
             seed=config.seed,
+            meter=meter,
         )
 
     def signal(self, found: Experience, values: Tensor | None, kl_coef: float) -> Signal:

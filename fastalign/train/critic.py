@@ -14,16 +14,25 @@ of pi_init's own responses before the policy moves.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastalign import losses
-from fastalign.data.packing import Packed, pack, same_prompts, token_budget_batches
+from fastalign.data.packing import (
+    Packed,
+    batches_of,
+    held,
+    pack,
+    same_prompts,
+    token_budget_batches,
+)
 from fastalign.errors import UserError
 from fastalign.models import Policy, RewardEnsemble, load_tokenizer
 from fastalign.models.attention import NAME, packed_hidden, register
+from fastalign.models.flops import forward_flops, training_flops
 from fastalign.models.policy import ValueHead
 from fastalign.models.pretrained import context, load_model
 from fastalign.models.recompute import recompute_activations
@@ -31,6 +40,7 @@ from fastalign.models.reward import check_same_tokenizer
 from fastalign.rollout import Rollout
 from fastalign.streams import stream
 from fastalign.train import distributed
+from fastalign.train.meter import Meter
 from fastalign.train.reward_source import parse_reward
 from fastalign.train.run import RunError, Stopped, autocast
 
@@ -280,6 +290,7 @@ def pretrain(
     micro_tokens: int,
     dtype: str,
     seed: int,
+    meter: Meter | None = None,
 ) -> dict[str, float]:
     """Regression of V to returns before the policy moves; the policy stays as it is.
 
@@ -293,6 +304,7 @@ def pretrain(
         lr: learning rate.
         micro_tokens, dtype: size and precision of one forward pass.
         seed: of the order.
+        meter: counts the passes.
 
     Returns:
         "value/explained_variance/before" and ".../after" on the held-out prompts (on all, where
@@ -311,11 +323,24 @@ def pretrain(
         )
     of = returns.split(sizes)
     indices = sorted({r.prompt_index for r in rollouts})
-    held = set(indices[3::4])
-    train = [i for i, r in enumerate(rollouts) if r.prompt_index not in held]
-    test = [i for i, r in enumerate(rollouts) if r.prompt_index in held] or train
+    apart = set(indices[3::4])
+    train = [i for i, r in enumerate(rollouts) if r.prompt_index not in apart]
+    test = [i for i, r in enumerate(rollouts) if r.prompt_index in apart] or train
+
+    lengths = _lengths(rollouts)
+
+    prompts = same_prompts(r.prompt for r in rollouts) if critic.shares_prompts else None
+
+    def count(flops: Callable[..., float], passes: list[list[int]]) -> None:
+        if meter is not None:
+            own, before = held(passes, lengths, prompts)
+            meter.count(flops=flops(critic.sharded, own, 0, before))
+
+    # The trunk under a value head is read, and learns nothing.
+    learning = forward_flops if isinstance(critic, TrunkCritic) else training_flops
 
     def explained() -> float:
+        count(forward_flops, batches_of(test, lengths, micro_tokens, prompts))
         values = values_of(critic, [rollouts[i] for i in test], micro_tokens, dtype)
         return explained_variance(values, torch.cat([of[i] for i in test]))
 
@@ -323,16 +348,20 @@ def pretrain(
     distributed.let_go(module)
     parameters = critic.trained()
     adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    lengths = [_lengths(rollouts)[i] for i in train]
-    share = critic.shares_prompts
-    prompts = same_prompts(rollouts[i].prompt for i in train) if share else None
+    train_lengths = [lengths[i] for i in train]
+    train_prompts = None if prompts is None else prompts.of(train)
     done, epoch, last = 0, 0, []
     while done < steps:
         order = stream(seed, "pretrain", epoch)
-        for batch in token_budget_batches(lengths, batch_tokens, generator=order)[: steps - done]:
+        batches = token_budget_batches(train_lengths, batch_tokens, generator=order)
+        for batch in batches[: steps - done]:
+            chosen = [train[i] for i in batch]
+            count(learning, distributed.passes(chosen, lengths, micro_tokens, prompts))
             n_tokens = sum(sizes[train[i]] for i in batch)
             total = torch.zeros((), device=device)
-            for micro in distributed.micros(module, batch, lengths, micro_tokens, prompts):
+            for micro in distributed.micros(
+                module, batch, train_lengths, micro_tokens, train_prompts
+            ):
                 chosen = [train[i] for i in micro.rows]
                 with autocast(device, dtype):
                     values = critic.values_alone(_packed([rollouts[i] for i in chosen], critic))

@@ -39,11 +39,9 @@ from fastalign.losses.ratio import EXACT
 from fastalign.ops.kl_estimate import KINDS
 from fastalign.train import online
 from fastalign.train.experience import Experience
+from fastalign.train.guards import flat
 from fastalign.train.online import UNSET, Method, OnlineConfig, Signal, one_of
 from fastalign.train.run import RunError, at_least
-
-# Rewards nearer to each other than this are the same: packs of other neighbours round differently.
-FLAT = 1e-5
 
 
 @dataclass
@@ -123,7 +121,7 @@ class GRPO(Method):
     def signal(self, found: Experience, values: Tensor | None, kl_coef: float) -> Signal:
         config = self.config
         rewards = found.proxy.reshape(-1, config.samples_per_prompt)
-        of_response, flat = group_advantages(rewards, divide=config.variant != "dr_grpo")
+        of_response, same = group_advantages(rewards, divide=config.variant != "dr_grpo")
         lengths = found.cu_seqlens.diff().long()
         tokens = {
             "advantages": of_response.flatten().repeat_interleave(lengths),
@@ -132,12 +130,12 @@ class GRPO(Method):
         }
         dropped = torch.zeros(len(lengths), dtype=torch.bool)
         if config.drop_flat:
-            dropped |= flat.repeat_interleave(config.samples_per_prompt)
+            dropped |= same.repeat_interleave(config.samples_per_prompt)
         if config.drop_unfinished:
             dropped |= ~found.finished
         metrics = {
             "advantage/std": of_response.std().item(),
-            "groups/flat": flat.double().mean().item(),
+            "groups/flat": same.double().mean().item(),
             "groups/dropped": dropped.double().mean().item(),
         }
         return Signal(tokens, metrics, (~dropped).nonzero()[:, 0].tolist())
@@ -153,11 +151,11 @@ def group_advantages(rewards: Tensor, *, divide: bool) -> tuple[Tensor, Tensor]:
     Returns:
         [G, n], 0 in flat rows, and bool [G].
     """
-    flat = rewards.amax(1) - rewards.amin(1) <= FLAT
+    same = flat(rewards)
     centred = rewards - rewards.mean(1, keepdim=True)
     if divide:
         centred = centred / (rewards.std(1, keepdim=True) + 1e-4)
-    return centred.masked_fill(flat[:, None], 0.0), flat
+    return centred.masked_fill(same[:, None], 0.0), same
 
 
 def train(config: GRPOConfig) -> Path:

@@ -40,6 +40,8 @@ ALARMS = (
     "reward_std",
 )
 N_GRAM = 4
+# Rewards nearer to each other than this are the same: packs of other neighbours round differently.
+FLAT = 1e-5
 STANDARD_ERRORS = 3.0
 KL_ROUNDING = 0.01  # nats a response; a policy at pi_init has KL 0 but for the rounding of sums
 
@@ -227,7 +229,7 @@ class Guards:
     def _rewards(self, rewards: Tensor, seen: dict[str, float]) -> dict[str, str]:
         if not self.config.reward_std or len(rewards) < 2:
             return {}
-        if bool((rewards == rewards[0]).all()):
+        if bool(flat(rewards)):
             same = f"the rewards of all {len(rewards)} responses are {rewards[0].item():g}"
         elif seen.get("reward/zero_std") == 1.0:
             same = "the responses to each prompt all have the same reward"
@@ -266,7 +268,12 @@ def distinct(rollouts: list[Rollout], groups: list[list[int]]) -> float:
     return sum(shares) / len(shares)
 
 
+def flat(rewards: Tensor) -> Tensor:
+    """bool [...]: whether rewards [..., n] are all the same but for rounding."""
+    return rewards.amax(-1) - rewards.amin(-1) <= FLAT
+
+
 def zero_std(rewards: Tensor, groups: list[list[int]]) -> float:
     """The share of prompts, of those with several responses, that have one reward for all."""
     several = [rewards[torch.tensor(group)] for group in groups if len(group) > 1]
-    return sum(bool((r == r[0]).all()) for r in several) / len(several)
+    return sum(bool(flat(r)) for r in several) / len(several)

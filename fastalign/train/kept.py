@@ -2,8 +2,8 @@
 
     OUTPUT/computed/NAME.safetensors      tensors, and a key of all they were computed from
 
-A file of another key is of other data or models: it is computed anew. Nothing is written before the
-run has begun, so that a run which cannot start leaves nothing behind.
+A file of another key is of other data, models or precision: it is computed anew. Nothing is written
+before the run has begun, so that a run which cannot start leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.data.tokens import TokenizedCompletion
+from fastalign.train.meter import Meter
 
 log = logging.getLogger("fastalign")
 
@@ -49,7 +50,7 @@ class Kept:
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("key") != key:
-                    log.info("%s is of other data or models: computed anew", path)
+                    log.info("%s is of other data, models or precision: computed anew", path)
                     return None
                 return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
@@ -67,8 +68,10 @@ class Kept:
             os.replace(partial, self.folder / f"{name}.safetensors")
 
 
-def key_of(examples: Sequence[TokenizedCompletion], **facts: Any) -> str:
-    """SHA-256 of the token ids of all examples, in order, and of what else decides."""
+def key_of(examples: Sequence[TokenizedCompletion], meter: Meter, **facts: Any) -> str:
+    """SHA-256 of the token ids of all examples, in order, of the device and the precision that the
+    run computes in, as its meter knows them, and of what else decides."""
+    facts |= {"device": meter.device.type, "dtype": str(meter.dtype)}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for e in examples:
         digest.update(f"{e.prompt}{e.completion}".encode())

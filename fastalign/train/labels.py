@@ -207,7 +207,7 @@ def _labels(
         heads = {} if labels.heads is None else {"heads": labels.heads}
         return {"rewards": labels.rewards, **heads}
 
-    tensors = kept.get(name, key_of(examples, **scorer.facts), compute)
+    tensors = kept.get(name, key_of(examples, meter, **scorer.facts), compute)
     return Labels(tensors["rewards"], tensors.get("heads"))
 
 

@@ -123,7 +123,7 @@ class Offline(FromLabels):
         values = []
         for (samples, _), name in zip(self.parts, ("reference", "held_out_reference"), strict=True):
             compute = partial(self.look, samples, data.meter)
-            found = data.kept.get(name, key_of(samples.examples, model=digest), compute)
+            found = data.kept.get(name, key_of(samples.examples, data.meter, model=digest), compute)
             samples.inputs["ref_logp"] = found["logp"]
             values.append(found["values"])
         self.set_advantages(values)

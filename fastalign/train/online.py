@@ -34,6 +34,7 @@ from fastalign.train.experience import Collector, Experience
 from fastalign.train.guards import GuardConfig, Guards
 from fastalign.train.head_diversity import warn_of_statistic
 from fastalign.train.kl_control import make_controller
+from fastalign.train.meter import Meter
 from fastalign.train.optim import OptimConfig, Optimizer
 from fastalign.train.prompts import choose_prompts, load_prompts
 from fastalign.train.reward_source import RewardSource, make_gold, make_reward
@@ -204,7 +205,7 @@ class Method:
         return None
 
     def pretrain(
-        self, critic: Critic, rounds: list[Experience], kl_coef: float
+        self, critic: Critic, rounds: list[Experience], kl_coef: float, meter: Meter
     ) -> dict[str, float]:
         """The critic learns from rounds of pi_init's responses, `critic_steps` updates."""
         raise NotImplementedError
@@ -223,12 +224,18 @@ class Method:
         """The signals of the responses of one update, as its loss takes them; and metrics."""
         return rows, {}
 
-    def also(self, policy: Policy, step: int, update: int) -> dict[str, Tensor]:
-        """Adds the gradients of further terms of the loss; the terms, by their metrics' names."""
+    def also(self, policy: Policy, step: int, update: int, meter: Meter) -> dict[str, Tensor]:
+        """Adds the gradients of further terms of the loss and counts their passes; the terms, by
+        their metrics' names."""
         return {}
 
     def prepare(self, tokenizer: Any, policy: Policy) -> None:
         """Before the first step: loads what the method needs of its own."""
+
+    def inputs(self) -> dict[str, Any]:
+        """What it reads of its own and does not change, for `Inputs`: a resumed run must have the
+        same."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What it carries from round to round, for checkpoints: things with state_dict."""
@@ -301,7 +308,7 @@ def train(config: OnlineConfig, method: Method) -> Path:
             modules["critic"] = critic.module
         others = {"optimizer": optimizer, "controller": controller, "buffer": buffer}
         scorer = reward.entries if reward.ensemble is None else reward.ensemble
-        inputs = Inputs(prompts=prompts, reference=reference, reward=scorer)
+        inputs = Inputs(prompts=prompts, reference=reference, reward=scorer, **method.inputs())
         others |= {"evaluations": evaluations, "inputs": inputs, "guards": guards}
         others |= method.state()
 
@@ -323,7 +330,7 @@ def train(config: OnlineConfig, method: Method) -> Path:
                 while sum(found.tokens for found in rounds) < wanted:
                     rounds.append(collect(1 + len(rounds)))
                 with run.meter.phase("value"):
-                    learned = method.pretrain(critic, rounds, controller.coef)
+                    learned = method.pretrain(critic, rounds, controller.coef, run.meter)
                 run.log(0, "critic", learned | run.meter.metrics())
         for step in range(start + 1, config.steps + 1):
             if guards.spent is not None:

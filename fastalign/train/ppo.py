@@ -10,8 +10,15 @@ there also the exact KL over the vocabulary). L_V = (V - R)^2 / 2, or with --val
 of it and the same for V held near its old value. L_ptx is the negative log-likelihood of other
 data, a batch of which is added to every update (InstructGPT's PPO-ptx, 2203.02155).
 
-`--preset ppo-max` is PPO-max (Zheng et al., 2307.04964): see PRESETS. An option that is given
-overrides the preset.
+`--preset ppo-max` follows PPO-max (Zheng et al., 2307.04964). From the paper: rewards normalised by
+their running moments and clipped, a penalty of .05 on every token, a critic that begins as the
+reward model and learns before the policy does, values clipped at .2, lam .9, a language-model term,
+gradients clipped by their global norm. It does not say where rewards are clipped, how long the
+critic learns alone, what the language-model term weighs or where gradients are clipped: 5, 50
+updates, 0.1 and 1 are this project's choices. Its learning rates, batches and sampling (top-p, a
+repetition penalty) are no part of the preset. The script released with it differs from the paper:
+it scales rewards without centring or clipping them, with lam .95 and no language-model term. An
+option that is given overrides the preset.
 """
 
 from __future__ import annotations
@@ -30,10 +37,12 @@ from fastalign.data.packing import pack, token_budget_batches
 from fastalign.data.tokens import tokenize_completions
 from fastalign.losses.ratio import EXACT
 from fastalign.models import Policy
+from fastalign.models.flops import training_flops
 from fastalign.ops.kl_estimate import KINDS
 from fastalign.streams import stream
 from fastalign.train import distributed, online
 from fastalign.train.actor_critic import ActorCritic, ActorCriticConfig
+from fastalign.train.meter import Meter
 from fastalign.train.online import UNSET, one_of
 from fastalign.train.run import RunError, at_least, autocast
 
@@ -51,8 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lam": 0.95,
         "grad_clip": 1.0,
     },
-    # Rewards normalised and clipped, KL on every token, a critic that begins as the reward model
-    # and learns before the policy does, values clipped, a language-model term, gradients clipped.
+    # Ours, where the paper gives no number: clip_reward, critic_steps, ptx_coef, grad_clip.
     "ppo-max": {
         "kl_coef": 0.05,
         "center_reward": True,
@@ -188,7 +196,10 @@ class PPO(ActorCritic):
         )
         log.info("%s", report)
 
-    def also(self, policy: Policy, step: int, update: int) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
+        return {} if self.config.ptx_data is None else {"ptx_data": self.imitated}
+
+    def also(self, policy: Policy, step: int, update: int, meter: Meter) -> dict[str, Tensor]:
         """The mean loss of `ptx_tokens` tokens of the other data, drawn anew for every update."""
         config = self.config
         if config.ptx_coef == 0:
@@ -197,6 +208,7 @@ class PPO(ActorCritic):
         draw = stream(config.seed, "ptx", step, update)
         batch = token_budget_batches(lengths, config.ptx_tokens, generator=draw)[0]
         n_targets = sum(len(self.imitated[i].completion) for i in batch)
+        meter.count(flops=training_flops(policy, [lengths[i] for i in batch], n_targets))
         device = policy.head_weight.device
         total = torch.zeros((), device=device)
         for micro in distributed.micros(policy, batch, lengths, config.micro_tokens):

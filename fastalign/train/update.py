@@ -257,7 +257,7 @@ class Learner:
             )
             for name, part in parts.items():
                 sums[name] = sums[name] + part if name in sums else part
-        sums |= method.also(self.policy, step, buffer.n_updates)
+        sums |= method.also(self.policy, step, buffer.n_updates, run.meter)
         together = distributed.total(torch.stack([part.double() for part in sums.values()]))
         sums = dict(zip(sums, together.unbind(), strict=True))
         total = sums["loss/policy"]
