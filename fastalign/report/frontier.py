@@ -177,8 +177,10 @@ def _draw(found: dict[str, Any]) -> Figure:
     green = zip(between, np.interp(between, at, best["reward"]), strict=True)
     taken = [*zip(kl.tolist(), reward.tolist(), strict=True), *green]
     for run in runs:
-        half = Z95 * (run["kl_se"] or 0.0)
+        half, tall = (Z95 * (run[f"{key}_se"] or 0.0) for key in ("kl", "reward"))
+        top = run["reward"] + tall if run["is_past_end"] else run["frontier_reward"]
         taken += [(run["kl"] + part * half, run["reward"]) for part in (-1.0, 0.0, 1.0)]
+        taken += [(run["kl"], y) for y in np.linspace(run["reward"] - tall, top, 12).tolist()]
     write(axis, labels, taken)
     return figure
 

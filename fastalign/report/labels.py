@@ -30,6 +30,7 @@ def write(axis: Axes, labels: list[Label], taken: list[tuple[float, float]]) -> 
     frame = [edge * scale for edge in axis.get_window_extent().extents]
     points = [axis.transData.transform(point) * scale for point in taken]
     boxes = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    written: list[tuple[float, float, float, float]] = []
     for label in labels:
         x, y = axis.transData.transform((label.x, label.y)) * scale
         lines = label.text.split("\n")
@@ -41,10 +42,10 @@ def write(axis: Axes, labels: list[Label], taken: list[tuple[float, float]]) -> 
                 bottom = y + up * distance - (height if up < 0 else height / 2 * (up == 0))
                 box = (left, bottom, left + width, bottom + height)
                 # Near is better: a label may cover a little of a line before it goes far.
-                cost = _cost(box, boxes, frame) + 2 * (distance - DISTANCES[0])
+                cost = _cost(box, boxes + 4 * written, frame) + 2 * (distance - DISTANCES[0])
                 tries.append((cost, box, right, up, distance))
         _, box, right, up, distance = min(tries, key=lambda tried: tried[0])
-        boxes.append(box)
+        written.append(box)
         axis.annotate(
             label.text,
             (label.x, label.y),
