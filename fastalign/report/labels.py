@@ -56,6 +56,12 @@ def write(axis: Axes, labels: list[Label], taken: list[tuple[float, float]]) -> 
             ha={1: "left", 0: "center", -1: "right"}[right],
             va={1: "bottom", 0: "center", -1: "top"}[up],
             multialignment="left",
+            # From afar a thin line says whose label it is.
+            arrowprops={
+                "arrowstyle": "-",
+                "color": label.colour,
+                "lw": 0.6 if distance > DISTANCES[1] else 0.0,
+            },
         )
 
 
