@@ -81,18 +81,12 @@ def fail(message: str, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean ...?`, or nothing when no known word is near."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
 def choose_command(argv: list[str]) -> tuple[str, list[str]]:
     """The command's name and its own arguments."""
     if not argv:
         print(usage(), file=sys.stderr)
         raise SystemExit(2)
-    if argv[0] in ("-h", "--help") or argv[:2] in (["train", "-h"], ["train", "--help"]):
+    if argv[0] in ("-h", "--help", "help") or argv[:2] in (["train", "-h"], ["train", "--help"]):
         print(usage())
         raise SystemExit(0)
     if argv[0] == "--version":
@@ -104,24 +98,35 @@ def choose_command(argv: list[str]) -> tuple[str, list[str]]:
         name = " ".join(argv[:words])
         if name in COMMANDS:
             return name, argv[words:]
+    if argv[0].startswith("-"):
+        fail(f"expected a command before {argv[0]} (fastalign --help lists them)")
     name = " ".join(word for word in argv[:2] if not word.startswith("-"))
     if name == "train":
         methods = [c.split()[1] for c in COMMANDS if c.startswith("train ")]
         fail(f"train: expected one of {', '.join(methods)}")
-    fail(f"unknown command {name!r}{nearest(name, list(COMMANDS))} (fastalign --help lists them)")
+    near = difflib.get_close_matches(name, [*COMMANDS, "train"], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    fail(f"unknown command {name!r}{hint} (fastalign --help lists them)")
 
 
 def parse(name: str, config_class: type, argv: list[str]) -> Any:
     """The command's configuration from defaults, --config and options."""
     from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
+    from fastalign import help_page
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            fail(f"{name}: {explain(message, options)}")
+            fail(f"{name}: {explain(name, message, options)}")
 
-    parser = Parser(prog=f"fastalign {name}", description=(config_class.__doc__ or "").strip())
+    parser = Parser(
+        prog=f"fastalign {name}",
+        description=(config_class.__doc__ or "").strip(),
+        allow_abbrev=False,  # --beta is not --beta2
+        formatter_class=help_page.Formatter,
+    )
     fields = set(config_class.__dataclass_fields__)  # type: ignore[attr-defined]
     apart = {"overwrite", "resume"} & fields
     parser.add_class_arguments(config_class, as_positional=True, skip=apart)
@@ -141,13 +146,16 @@ def parse(name: str, config_class: type, argv: list[str]) -> Any:
             default=None,
             help="Go on from the output folder's newest intact checkpoint, or from a given one.",
         )
+    help_page.arrange(parser, config_class)
     options = [o for action in parser._actions for o in action.option_strings]
+    argv = joined(argv)
     try:
         if any(word.startswith("--resume") for word in argv):
             # A run goes on as it began: its own configuration, where no option says otherwise.
             asked = parser.parse_args([w for w in argv if not w.startswith("--print_config")])
             own = run_folder(asked) / "config.yaml"
             if own.is_file() and asked.config is None:
+                check_config(name, own, fields)
                 argv = ["--config", str(own), *argv]
         values = parser.parse_args(argv)
         values.pop("config", None)
@@ -158,6 +166,19 @@ def parse(name: str, config_class: type, argv: list[str]) -> Any:
         fail(f"{name}: --config: not UTF-8 text")
 
 
+def joined(argv: list[str]) -> list[str]:
+    """`--lr -1e-5` as `--lr=-1e-5`: argparse would take the number for an option. No option begins
+    with a digit."""
+    words: list[str] = []
+    for word in argv:
+        last = words[-1] if words else ""
+        if re.match(r"-[\d.]", word) and last.startswith("--") and "=" not in last:
+            words[-1] = f"{last}={word}"
+        else:
+            words.append(word)
+    return words
+
+
 def run_folder(values: Any) -> Path:
     """The folder of the run that --resume speaks of: a checkpoint's, or the output folder."""
     if values.resume in (None, "auto"):
@@ -165,24 +186,55 @@ def run_folder(values: Any) -> Path:
     return Path(values.resume).parent.parent
 
 
-def explain(message: str, options: list[str]) -> str:
+def check_config(name: str, file: Path, fields: set[str]) -> None:
+    """UserError where the configuration of a run to be resumed is another command's."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return  # what is wrong with it is said where it is parsed
+    strange = [key for key in found if key not in fields] if isinstance(found, dict) else []
+    if strange:
+        raise UserError(
+            f"--resume: {file.parent} is not a run of {name}, which has no option "
+            f"--{strange[0]} ({file} has)"
+        )
+
+
+def explain(name: str, message: str, options: list[str]) -> str:
     """jsonargparse's message in one line, in our words where the mistake is a common one."""
     text = " ".join(message.split())
     for pattern in (
-        r"nrecognized arguments: --([\w.]+)",
+        r"nrecognized arguments: (--?[A-Za-z][\w.]*)",
         r"(?:Group '(\w+)' does not accept o|O)ption '([\w.]+)'",
     ):
         unknown = re.search(pattern, text)
         if unknown:
-            word = "--" + ".".join(part for part in unknown.groups() if part)
-            return f"unknown option {word}{nearest(word, options)}"
+            from fastalign import unknown_option
+
+            word = ".".join(part for part in unknown.groups() if part)
+            word = word if word.startswith("-") else f"--{word}"
+            return unknown_option.told(word, options, fields_of_others(name))
     key = re.search(r'Parser key "([\w.]+)"', text)
     types = re.findall(r"Expected a <class '(\w+)'>", text)
     value = re.search(r"(?:Got|Given) value: (.*)$", text)
     if key and types and value:
         expected = " or ".join(name for name in types if name != "NoneType")
         return f"--{key[1]}: expected {expected}, got {value[1]!r}"
-    return text
+    missing = re.search(r"^argument (--[\w.]+): expected one argument$", text)
+    if missing:
+        return f"{missing[1]}: expected a value"
+    return re.sub(r'^Parser key "config": ', "--config: ", text)
+
+
+def fields_of_others(name: str) -> dict[str, set[str]]:
+    """The options of all commands but this one, without those inside of groups."""
+    return {
+        other: set(getattr(import_module(module), config_class).__dataclass_fields__)
+        for other, (module, config_class, _) in COMMANDS.items()
+        if other != name
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -214,7 +266,8 @@ def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
     except KeyboardInterrupt:
         fail(f"{name}: stopped at once; the last checkpoint stays", 130)
     except UserError as error:
-        fail(f"{name}: {error}", 1 if isinstance(error, Stopped) else 2)
+        text = str(error).removeprefix(f"{name}: ")
+        fail(f"{name}: {text}", 1 if isinstance(error, Stopped) else 2)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         fail(f"{name}: {error.strerror or error}{place}", 1)

@@ -45,7 +45,7 @@ def run(config: QuickstartConfig) -> Path:
 
     began = time.monotonic()
     folder = Path(config.output)
-    claim_folder(folder, overwrite=config.overwrite)
+    claim_folder(folder, overwrite=config.overwrite, resumable=False)
     if config.model.startswith("scratch:"):
         scratch.size(config.model)
     if config.overwrite:

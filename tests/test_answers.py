@@ -11,7 +11,8 @@ import torch
 from test_cli import fastalign
 
 from fastalign.commands import bestofn, evaluate
-from fastalign.commands.answers import Answers, AnswersConfig, read_lines, write_lines
+from fastalign.commands.answers import Answers, AnswersConfig
+from fastalign.commands.output import read_lines, write_lines
 from fastalign.data import source
 from fastalign.models import Policy, load_tokenizer
 from fastalign.rollout import SamplingConfig

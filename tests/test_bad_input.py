@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from failed_commands import Failed, jsonl
 from safetensors.torch import load_file, save_file
 
 from fastalign import cli
@@ -22,28 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAIR = {"prompt": "Say it.", "chosen": " It is good.", "rejected": " It is bad."}
 TINY = "--model scratch:1m --vocab_size 300 --batch_tokens 512 --epochs 1".split()
-
-
-class Failed:
-    """A command run in this process: its status, and the one line on standard error."""
-
-    def __init__(self, capsys: Any, *argv: object) -> None:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(a) for a in argv])
-        self.status = stop.value.code
-        err = capsys.readouterr().err
-        lines = err.splitlines()
-        # Lines of progress may stand before; the error is the last line and the only one.
-        assert [line.startswith("fastalign: ") for line in lines].count(True) == 1, err
-        assert "Traceback" not in err and err.endswith("\n")
-        self.line = lines[-1].removeprefix("fastalign: ")
-        assert lines[-1].startswith("fastalign: ")
-
-
-def jsonl(path: Path, *records: object) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
 
 
 def reading(capsys, tmp_path, command, data, *more):
@@ -244,7 +222,7 @@ def test_damaged_model(capsys, tmp_path, road):
         ("train sft --device tpu9", "train sft: unknown device 'tpu9': expected auto, cpu, cuda"),
         ("train sft --device meta", "train sft: device 'meta' is not supported"),
         ("train sft --dtype int4", "train sft: unknown dtype 'int4': expected auto, float32 or"),
-        ("train sft --config no.yaml", 'train sft: Parser key "config": File does not exist'),
+        ("train sft --config no.yaml", "train sft: --config: File does not exist"),
         ("report", "report: the following arguments are required: run"),
     ],
 )

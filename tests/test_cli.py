@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from fastalign import __version__, cli
+from fastalign.unknown_option import ELSEWHERE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,12 +110,57 @@ def test_the_config_of_a_run_can_be_fed_back(capsys, road, run):
         ("train apa --sampling.temprature=2", "; did you mean --sampling.temperature?"),
         ("train reward --zzz", "unknown option --zzz"),
         ("train sft stray", "unrecognized arguments: stray"),
+        ("train sft --lerning_rate 1", "unknown option --lerning_rate; did you mean --lr?"),
+        ("train sft --batch_size 8", "unknown option --batch_size; did you mean --batch_tokens?"),
+        ("train sft --rank 8", "unknown option --rank; did you mean --lora.rank?"),
+        ("train sft -lr 1", "unknown option -lr; did you mean --lr?"),
+        ("train grpo --critic trunk", "no option --critic here (train apa, train awr, train ppo"),
+        ("train apa --beta 1", "no option --beta here (train awr, "),  # nor short for --beta2
+        ("train sft --lr", "--lr: expected a value"),
+        ("trian", "unknown command 'trian'; did you mean train?"),
+        ("--lr 3", "expected a command before --lr"),
     ],
 )
 def test_unknown_words_name_the_nearest(capsys, argv, said):
     status, out, err = fastalign(capsys, *argv.split())
     assert (status, out) == (2, "")
     assert err.startswith("fastalign: ") and err.count("\n") == 1 and said in err
+
+
+def test_a_value_may_begin_with_a_minus(capsys):
+    for argv in (["--lr", "-1e-5"], ["--lr=-1e-5"]):
+        _, _, err = fastalign(capsys, "train", "sft", *argv)
+        assert err == "fastalign: train sft: expected lr >= 0, got -1e-05\n"
+    found = configured(capsys, "train", "sft", "--eval_lines", "-40:", "--eval_limit", "40")
+    assert (found["eval_lines"], found["eval_limit"]) == ("-40:", 40)
+
+
+def test_what_other_trainers_call_it_is_an_option_of_some_command():
+    fields = cli.fields_of_others("")
+    known = set().union(*fields.values()) | {"lora.rank", "lora.target_modules"}
+    assert set(ELSEWHERE.values()) - known == {"sampling.max_new_tokens"}
+    assert not set(ELSEWHERE) & known
+
+
+def test_help_has_one_group_for_each_class_of_options(capsys):
+    """What is the command's own first; every option once."""
+    _, out, _ = fastalign(capsys, "train", "grpo", "--help")
+    assert out.startswith("usage: fastalign train grpo [options]\n\nAlign a policy")
+    titles = [line for line in out.splitlines() if line.endswith(":") and line[0].isalpha()]
+    assert titles[:5] == [
+        "options:",
+        "options of its own:",
+        "What every method has that learns from its own samples:",
+        "What every command that updates weights has:",
+        "What every training command has:",
+    ]
+    own, shared = (out.split(f"{title}\n")[1].split("\n\n")[0] for title in titles[1:3])
+    assert "--variant " in own and "--samples_per_prompt" not in own
+    assert "--samples_per_prompt " in shared and "--engine " in shared
+    for name in ("--variant", "--steps", "--lr", "--seed", "--lora.rank", "--resume"):
+        assert len([line for line in out.splitlines() if line.startswith(f"  {name} ")]) <= 1
+        assert f"  {name} " in out
+    assert "null" not in out
 
 
 SMALL = ("--model scratch:1m --vocab_size 300 --limit 6 --batch_tokens 512 --eval_limit 2").split()

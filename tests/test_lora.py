@@ -360,7 +360,7 @@ def test_what_cannot_be_adapted_is_refused(base, tokenizer, monkeypatch, tmp_pat
     config = OptimConfig(lora=LoRAConfig(rank=2))
     with pytest.raises(UserError, match="expected a folder or hub id, got scratch:"):
         load_policy(config, "scratch:1m", tokenizer, device=CPU)
-    with pytest.raises(UserError, match="LoRA: Target modules .* not found"):
+    with pytest.raises(UserError, match="LoRA: .* has no module 'query'; its matrices are "):
         adapted(base, tokenizer, target_modules="query")
     for whole in ("lm_head", "q_proj,embed_tokens"):
         with pytest.raises(UserError, match=f"LoRA: {whole} holds embeddings or head"):

@@ -73,7 +73,7 @@ def test_bad_input(road, tmp_path):
     file = tmp_path / "scores.jsonl"
     file.write_text("mine")
     with pytest.raises(RunError, match="is there already; choose another, or --overwrite"):
-        ScoreConfig(output=str(file))
+        run(ScoreConfig(output=str(file)))
     with pytest.raises(RunError, match="--reward gold has no tokenizer of its own"):
         run(ScoreConfig(reward="gold"))
     with pytest.raises(RunError, match="max_length 300 is more than the 256 tokens that"):

@@ -9,7 +9,6 @@ does: rewards, records and people get the prompt and the answer without that.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from fastalign.streams import stream
 from fastalign.train import strict_json
 from fastalign.train.meter import Meter
 from fastalign.train.run import RunError, at_least, autocast, choose_device, forward_dtype
+from fastalign.train.whole import write_text
 
 log = logging.getLogger("fastalign")
 
@@ -100,6 +100,11 @@ def condition_of(model: str, target: float | None) -> Condition | None:
         "%s is asked for %+.2f standard deviations; its training data had %+.2f to %+.2f",
         *(model, target, found.lowest, found.highest),
     )
+    if not found.lowest <= target <= found.highest:
+        log.warning(
+            "--target_reward %g lies outside of that: what %s does there it was never shown",
+            *(target, model),
+        )
     return found
 
 
@@ -245,26 +250,7 @@ def account(folder: Path, command: str, meter: Meter) -> dict[str, Any]:
     meter.stop()
     found = meter.summary()
     text = strict_json.dumps({"method": command, **found}, indent=2)
-    (folder / "accounting.json").write_text(text + "\n")
+    write_text(folder / "accounting.json", text + "\n")
     seconds = {name: cost["seconds"] for name, cost in found["phases"].items()}
     seconds["total"] = found["total"]["seconds"]
     return {"seconds": seconds, "tokens": found["total"]["tokens"]}
-
-
-def write_lines(path: Path, records: list[dict[str, Any]], mode: str = "w") -> None:
-    """JSON lines; "a" to add to those that are there."""
-    with path.open(mode) as file:
-        for record in records:
-            file.write(strict_json.dumps(record) + "\n")
-        file.flush()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that a stopped command may have left half written."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records

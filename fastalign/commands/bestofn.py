@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.commands.answers import Answers, AnswersConfig, account, read_lines, write_lines
+from fastalign.commands.answers import Answers, AnswersConfig, account
+from fastalign.commands.output import add_lines, read_lines, write_lines
 from fastalign.models import load_tokenizer
 from fastalign.theory import best_of_n_curve, best_of_n_kl_bound, best_of_n_kl_estimate
 from fastalign.train import repeat, strict_json
@@ -44,6 +45,7 @@ from fastalign.train.run import (
     write_config,
 )
 from fastalign.train.same_run import flat
+from fastalign.train.whole import write_text
 
 log = logging.getLogger("fastalign")
 # Options that change no answer and no reward.
@@ -112,7 +114,7 @@ def run(config: BestOfNConfig) -> Path:
         "source": rewards.describe(),
         **repeat.facts(answers.device),
     }
-    (folder / CURVE).write_text(strict_json.dumps(found, indent=1) + "\n")
+    write_text(folder / CURVE, strict_json.dumps(found, indent=1) + "\n")
     if config.curve:
         from fastalign.report.best_of_n import draw
 
@@ -182,7 +184,7 @@ def sample(
             if gold is not None:
                 more["gold"] = golds[i]
             new.append(answers.record(rollout, **more, i=rollout.prompt_index))
-        write_lines(path, new, "a")
+        add_lines(path, new)
         records += new
         log.info("%d of %d prompts answered", len(records) // config.n, len(answers.prompts))
     return records

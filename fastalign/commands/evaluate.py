@@ -26,16 +26,19 @@ from torch import Tensor
 
 from fastalign import ops, theory
 from fastalign.commands.answers import Answers, AnswersConfig, account, is_conditional
+from fastalign.commands.output import write_lines
 from fastalign.data import source
 from fastalign.data.packing import pack, token_budget_batches
 from fastalign.models import Policy, load_tokenizer
 from fastalign.models.reward import check_same_tokenizer
+from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.report.command import conclude
 from fastalign.rollout import Rollout
-from fastalign.train import repeat, strict_json
+from fastalign.train import repeat
 from fastalign.train.evaluate import Evaluation, Evaluations, standard_error
 from fastalign.train.experience import spread
 from fastalign.train.meter import Meter
+from fastalign.train.online import one_of
 from fastalign.train.reward_source import RewardSource, Scored, make_reward
 from fastalign.train.run import (
     at_least,
@@ -77,6 +80,7 @@ class EvaluateConfig(AnswersConfig):
         super().__post_init__()
         at_least(self, 1, "samples")
         at_least(self, 0, "coef")
+        one_of(self, "statistic", (None, *STATISTICS))
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Measured:
 def run(config: EvaluateConfig) -> Path:
     """Samples from both models, measures, writes; the folder of the results."""
     folder = Path(config.output)
-    claim_folder(folder, overwrite=config.overwrite)
+    claim_folder(folder, overwrite=config.overwrite, resumable=False)
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.policy)
     check_same_tokenizer(tokenizer, load_tokenizer(config.baseline), config.policy, config.baseline)
@@ -126,9 +130,9 @@ def run(config: EvaluateConfig) -> Path:
         summarise(before, config.samples),
         summarise(after, config.samples),
     )
-    with (folder / "metrics.jsonl").open("w") as file:
-        for step, one in enumerate((evaluations.before, evaluations.after)):
-            file.write(strict_json.dumps({"step": step, "phase": "eval", **one.numbers}) + "\n")
+    both = enumerate((evaluations.before, evaluations.after))
+    lines = [{"step": step, "phase": "eval", **one.numbers} for step, one in both]
+    write_lines(folder / "metrics.jsonl", lines)
     facts = {
         "method": "policy",
         "names": dict(zip(("before", "after"), names(config.baseline, config.policy), strict=True)),

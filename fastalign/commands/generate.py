@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
-from fastalign.commands.answers import Answers, AnswersConfig, write_lines
-from fastalign.train import strict_json
+from fastalign.commands.answers import Answers, AnswersConfig
+from fastalign.commands.output import claim_file, whole_file, write_line
+from fastalign.data.forms import is_text
 from fastalign.train.run import RunError, at_least
 
 
@@ -27,22 +28,16 @@ class GenerateConfig(AnswersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "samples")
-        if self.output is not None and Path(self.output).exists() and not self.overwrite:
-            raise RunError(f"output {self.output} is there already; choose another, or --overwrite")
+        if self.text is not None and not is_text(self.text):
+            raise RunError("--text: not UTF-8 text")
 
 
 def run(config: GenerateConfig) -> None:
-    """Writes or prints the answers as they come."""
+    """Prints the answers as they come, or writes them all."""
+    path = claim_file(config.output, overwrite=config.overwrite)
     answers = Answers(config, texts=None if config.text is None else [config.text])
-    path = None if config.output is None else Path(config.output)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-    for rollouts in answers.draw(config.samples):
-        records = [answers.record(rollout) for rollout in rollouts]
-        if path is not None:
-            write_lines(path, records, "a")
-            continue
-        for record in records:
-            sys.stdout.write(strict_json.dumps(record) + "\n")
-        sys.stdout.flush()
+    with nullcontext(sys.stdout) if path is None else whole_file(path) as file:
+        for rollouts in answers.draw(config.samples):
+            for rollout in rollouts:
+                write_line(file, answers.record(rollout))
+            file.flush()

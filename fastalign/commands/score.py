@@ -10,19 +10,19 @@ to length. Heads and disagreement (their standard deviation, n - 1) are a reward
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from fastalign.commands.output import claim_file, write_line, write_lines
 from fastalign.data import source
 from fastalign.data.formats import Completion
 from fastalign.data.tokens import tokenize_completions
 from fastalign.models import load_tokenizer
-from fastalign.train import strict_json
+from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.train.labels import GOLD, Labels, make_scorer
 from fastalign.train.meter import Meter
+from fastalign.train.online import one_of
 from fastalign.train.reward_source import parse_reward
 from fastalign.train.run import RunError, at_least, autocast, choose_device, forward_dtype
 
@@ -68,12 +68,13 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "micro_tokens")
         at_least(self, 2, "max_length")
-        if self.output is not None and Path(self.output).exists() and not self.overwrite:
-            raise RunError(f"output {self.output} is there already; choose another, or --overwrite")
+        at_least(self, 0, "coef")
+        one_of(self, "statistic", (None, *STATISTICS))
 
 
 def run(config: ScoreConfig) -> None:
-    """Scores everything, then writes or prints it: no half a file."""
+    """Scores everything, then writes or prints it."""
+    path = claim_file(config.output, overwrite=config.overwrite)
     device = choose_device(config.device)
     autocast(device, config.dtype)
     name = tokenizer_of(config)
@@ -88,15 +89,12 @@ def run(config: ScoreConfig) -> None:
     log.info("%s", report)
     labels = scorer.label(examples, Meter(device, forward_dtype(device, config.dtype)))
     kept = [records[int(e.reward)] for e in examples if e.reward is not None]
-    text = "".join(strict_json.dumps(line) + "\n" for line in lines_of(kept, labels))
-    if config.output is None:
-        sys.stdout.write(text)
+    lines = lines_of(kept, labels)
+    if path is None:
+        for line in lines:
+            write_line(sys.stdout, line)
         return
-    path = Path(config.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_lines(path, lines)
     mean, std = labels.rewards.mean().item(), labels.rewards.std(correction=0).item()
     log.info("%s: %s responses, mean %.3f, std %.3f", path, f"{len(kept):,}", mean, std)
 

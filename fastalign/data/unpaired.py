@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastalign.data import formats
 from fastalign.data.files import DataError, read_records
 from fastalign.data.formats import Completion, LoadReport, Text
+from fastalign.data.forms import flag_of
 
 EXPECTED = "prompt + completion + label (true: desirable), or preference data to split up"
 
@@ -44,7 +45,7 @@ def read_unpaired(
     ``DataError``."""
     labels: dict[str, bool] = {}
     for record, where in read_records(source, split=split, lines=lines, limit=limit):
-        label = formats.flag_of(record, "label", where)
+        label = flag_of(record, "label", where)
         if label is None:
             keys = ", ".join(sorted(key for key in record if record[key] is not None)) or "none"
             raise DataError(f"{where}: found the keys {keys}; expected {EXPECTED}")

@@ -53,7 +53,9 @@ def check(name: str) -> None:
         raise UserError(f"unknown attention {name!r}: expected auto, {', '.join(KERNELS)}")
     if not installed(name):
         package = PACKAGES[name]
-        raise UserError(f"attention {name} needs {package}, which is not installed: {package}")
+        raise UserError(
+            f"attention {name} needs the package {package}, which is not installed; take auto"
+        )
 
 
 def installed(name: str) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class LoRAConfig:
             )
         if self.save not in SAVED:
             raise UserError(f"LoRA: expected save of {', '.join(SAVED)}, got {self.save!r}")
+        if self.rank == 0:
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if value != field.default:
+                    raise UserError(f"LoRA: {field.name} {value} needs a rank; --lora.rank is 0")
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -71,9 +76,9 @@ def add_adapter(model: Any, config: LoRAConfig) -> None:
         config: of rank 1 at least. A is drawn from torch's global random state, B is 0.
 
     Raises:
-        UserError: peft is not installed; the model has random weights or is frozen; the modules are
-            not there; or they hold the head or the embeddings, whose plain weights the loss head
-            needs.
+        UserError: peft is not installed; the model has random weights or is frozen; a module is
+            not there; they hold the head or the embeddings, whose plain weights the loss head
+            needs; or the rank is more than that of any of their matrices.
     """
     peft = _peft()
     if not model.name_or_path:
@@ -81,6 +86,7 @@ def add_adapter(model: Any, config: LoRAConfig) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("LoRA: the model is frozen, there is nothing to train")
     names = config.target_modules
+    check_targets(model, config)
     adapter = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -120,6 +126,34 @@ def add_adapter(model: Any, config: LoRAConfig) -> None:
     model.register_state_dict_post_hook(drop_base)
     model.register_load_state_dict_pre_hook(check_base)
     model.register_load_state_dict_post_hook(not_missing)
+
+
+def check_targets(model: Any, config: LoRAConfig) -> None:
+    """UserError where a name of `target_modules` is nowhere in the model, or the rank is more than
+    any of its matrices has; before peft makes tensors of that size."""
+    modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+    head = model.get_output_embeddings()
+    matrices = {
+        name: module
+        for name, module in modules.items()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        and not isinstance(module, nn.Embedding)
+        and module is not head
+    }
+    every = config.target_modules == "all-linear"
+    wanted = [] if every else [n.rpartition(".")[2] for n in config.target_modules.split(",")]
+    absent = [name for name in wanted if name not in modules]
+    if absent:
+        raise UserError(
+            f"LoRA: {model.name_or_path} has no module {absent[0]!r}; its matrices are "
+            f"{', '.join(sorted(matrices))}"
+        )
+    sizes = [min(m.weight.shape) for name, m in matrices.items() if every or name in wanted]
+    if sizes and config.rank > max(sizes):
+        raise UserError(
+            f"LoRA: rank {config.rank} is more than that of the matrices it adapts, at most "
+            f"{max(sizes)}"
+        )
 
 
 def fingerprint(tensors: Any) -> Tensor:

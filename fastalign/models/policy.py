@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import ops
+from fastalign.errors import UserError
 from fastalign.models import lora
 from fastalign.models.attention import NAME, check_packed, packed_hidden, register
 from fastalign.models.pretrained import context, make_model
+from fastalign.models.reward import CONFIG_FILE as ENSEMBLE_FILE
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -72,10 +74,15 @@ class Policy(nn.Module):
         """`scratch:NAME` (random weights by the current torch seed), a local folder or a hub id.
 
         Raises:
-            UserError: nothing there that loads, or a vocabulary smaller than the tokenizer's.
+            UserError: nothing there that loads, a reward ensemble, or a vocabulary smaller than the
+                tokenizer's.
         """
         from transformers import AutoModelForCausalLM
 
+        if (Path(source) / ENSEMBLE_FILE).exists():
+            raise UserError(
+                f"{source} is a reward ensemble, which cannot write: expected a language model"
+            )
         model = make_model(source, tokenizer, max_length, AutoModelForCausalLM)
         policy = cls(model, value_head)
         head_file = Path(source) / VALUE_HEAD_FILE

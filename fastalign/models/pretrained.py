@@ -10,6 +10,9 @@ import torch
 from fastalign.errors import UserError
 from fastalign.models import lora, scratch
 
+OWN = ("config.json", "tokenizer_config.json", "tokenizer.json", lora.CONFIG_FILE)
+"""Files of a folder of a model or a tokenizer, at least one of them."""
+
 
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a local folder or hub id.
@@ -37,7 +40,7 @@ def load_model(source: str, auto_class: Any) -> Any:
     A folder of a LoRA adapter gives its base model with the adapter merged into the weights.
 
     Raises:
-        UserError: nothing there that loads.
+        UserError: nothing there that loads, or not all weights of such a model.
     """
     from safetensors import SafetensorError
 
@@ -50,9 +53,19 @@ def load_model(source: str, auto_class: Any) -> Any:
             raise UserError(f"the base of the adapter at {source!r}: {error}") from error
         return lora.merge_folder(model, source)
     try:
-        return auto_class.from_pretrained(source, attn_implementation="sdpa", dtype=torch.float32)
+        model, info = auto_class.from_pretrained(
+            source, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no model loads from {source!r}: {_first_line(error)}") from error
+    # A pooler is never run here, and not saved with an encoder.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"{source!r} lacks weights that a {type(model).__name__} needs: {missing[0]}{more}"
+        )
+    return model
 
 
 def make_model(source: str, tokenizer: Any, max_length: int, auto_class: Any) -> Any:
@@ -83,10 +96,13 @@ def check_folder(source: str) -> None:
     A path is what a hub id cannot be, or what lies in a folder that exists here.
 
     Raises:
-        UserError: a path, and nothing there.
+        UserError: a path, and nothing there, or the folder of a run.
     """
     path = Path(source)
     if path.is_dir():
+        inner = path / "model"
+        if (inner / "config.json").is_file() and not any((path / name).exists() for name in OWN):
+            raise UserError(f"{source} is the folder of a run; its model is {inner}")
         return
     is_path = source.count("/") > 1 or source.startswith((".", "/", "~"))
     if is_path or path.exists() or (path.parent != Path(".") and path.parent.is_dir()):

@@ -39,6 +39,7 @@ from fastalign.train.labels import (
 from fastalign.train.meter import Meter
 from fastalign.train.run import Run, RunError, autocast, begin
 from fastalign.train.supervised import Samples
+from fastalign.train.whole import write_text
 
 log = logging.getLogger("fastalign")
 
@@ -122,7 +123,7 @@ class DT(FromLabels):
             policy, meter = whole.to(self.device), run.meter
             with meter.phase("evaluate"):
                 found = [self.achieved(policy, target, meter) for target in self.config.targets]
-            (run.folder / "targets.json").write_text(strict_json.dumps(found, indent=2) + "\n")
+            write_text(run.folder / "targets.json", strict_json.dumps(found, indent=2) + "\n")
 
     @torch.no_grad()
     def achieved(self, policy: Policy, target: float, meter: Meter) -> dict[str, float]:

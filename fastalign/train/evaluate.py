@@ -20,6 +20,7 @@ from fastalign.models import Policy, RewardEnsemble
 from fastalign.train import strict_json
 from fastalign.train.experience import Collector, Experience, spread
 from fastalign.train.reward_source import score_packed
+from fastalign.train.whole import write_text
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,16 @@ class Evaluations:
             "change_stderr": self.change_stderr(),
             **facts,
         }
-        (folder / "evaluation.json").write_text(strict_json.dumps(comparison, indent=2) + "\n")
-        with (folder / "samples.jsonl").open("w") as file:
-            for was, became in zip(self.before.samples, self.after.samples, strict=True):
-                record = {
-                    "prompt": was["prompt"],
-                    "before": was["response"],
-                    "after": became["response"],
-                    "before_reward": was["reward"],
-                    "after_reward": became["reward"],
-                }
-                file.write(strict_json.dumps(record) + "\n")
+        lines = [
+            {
+                "prompt": was["prompt"],
+                "before": was["response"],
+                "after": became["response"],
+                "before_reward": was["reward"],
+                "after_reward": became["reward"],
+            }
+            for was, became in zip(self.before.samples, self.after.samples, strict=True)
+        ]
+        text = "".join(strict_json.dumps(line) + "\n" for line in lines)
+        write_text(folder / "samples.jsonl", text)
+        write_text(folder / "evaluation.json", strict_json.dumps(comparison, indent=2) + "\n")

@@ -28,10 +28,13 @@ class RunError(UserError):
     """A run that cannot start; the message is one clear line for the user."""
 
 
-def claim_folder(folder: Path, *, overwrite: bool, reuse: bool = False) -> None:
+def claim_folder(
+    folder: Path, *, overwrite: bool, reuse: bool = False, resumable: bool = True
+) -> None:
     """Makes the folder, or says why it cannot be used. A folder of nothing but config.yaml is free.
 
     Nothing is deleted yet: a former run goes when this one begins, its data and models loaded.
+    `resumable`: whether the command has --resume.
 
     Raises:
         RunError: it holds something already, or cannot be written.
@@ -44,7 +47,7 @@ def claim_folder(folder: Path, *, overwrite: bool, reuse: bool = False) -> None:
             if not overwrite:
                 raise RunError(
                     f"output folder {folder} is already in use; choose another --output, "
-                    "or --overwrite, or --resume"
+                    f"or --overwrite{', or --resume' if resumable else ''}"
                 )
             if "config.yaml" not in held:
                 raise RunError(

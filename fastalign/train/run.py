@@ -195,6 +195,7 @@ class Run:
         self.step = 0
         self._signal: int | None = None
         self.is_main = distributed.world().is_main
+        self._owns_folder = False
         self._not_finite: set[str] = set()
 
     # --- the loop's side -------------------------------------------------------------------------
@@ -213,6 +214,7 @@ class Run:
             if is_unfinished(self.folder):
                 log.warning("no checkpoint was written yet: beginning at the beginning")
                 self._drop_metrics_after(-1)
+                self._take_over()
                 return 0
             saved, damaged = checkpoint.newest_intact(self.folder / "checkpoints")
             for line in damaged:
@@ -230,10 +232,18 @@ class Run:
             )
         self.step = saved.step
         self._drop_metrics_after(saved.step)
+        self._take_over()
         self.meter.skip()
         self.meter.load_state_dict(saved.state["meter"])
         log.info("resumed at step %d of %d", saved.step, self.total)
         return saved.step
+
+    def _take_over(self) -> None:
+        """The folder is this run's from here on: until now it may be another's, whose checkpoint
+        was refused."""
+        self._owns_folder = True
+        if self.is_main:
+            write_config(self.folder, self.config)
 
     def _drop_metrics_after(self, step: int) -> None:
         """Removes what was logged past the checkpoint: it will be logged again."""
@@ -351,11 +361,12 @@ class Run:
         if self.is_main:
             if self.config.overwrite:
                 clear_folder(self.folder)
-            write_config(self.folder, self.config)
         else:
             # The same weights came of the same seed; what is drawn from here on is its own.
             rank = distributed.world().rank
             torch.manual_seed(stream(self.config.seed, "process", rank).initial_seed())
+        if self.config.resume is None:
+            self._take_over()
         distributed.barrier()
         from fastalign.train.screen import Screen
 
@@ -382,7 +393,7 @@ class Run:
                 signal.signal(number, handler)
 
     def _write_accounting(self) -> None:
-        if not self.is_main:
+        if not (self.is_main and self._owns_folder):
             return
         found = {
             "method": self.command,
@@ -434,11 +445,11 @@ def _claim(config: RunConfig) -> None:
         config.resume is not None
         and Path(config.resume).resolve().parent.parent == Path(config.output).resolve()
     )
-    there = Path(config.output).is_dir()
-    claim_folder(Path(config.output), overwrite=config.overwrite, reuse=own)
-    unfinished = there and config.resume == "auto" and is_unfinished(Path(config.output))
+    folder = Path(config.output)
+    unfinished = config.resume == "auto" and folder.is_dir() and is_unfinished(folder)
     if config.resume is not None and not unfinished:
-        checkpoint.check_there(config.resume, Path(config.output) / "checkpoints")
+        checkpoint.check_there(config.resume, folder / "checkpoints")
+    claim_folder(folder, overwrite=config.overwrite, reuse=own)
 
 
 def choose_device(name: str) -> torch.device:
