@@ -5,6 +5,7 @@ the command's own to what all commands have.
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
@@ -15,7 +16,7 @@ class Formatter(DefaultHelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         text: str = super()._expand_help(action)
-        return text.replace(" | null, default: null)", ")").replace(", default: null)", ")")
+        return re.sub(r"( \| null)?, default: null\)$", ")", text).removesuffix(" (default: null)")
 
 
 def arrange(parser: Any, config_class: type) -> None:

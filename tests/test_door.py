@@ -233,7 +233,7 @@ def test_a_command_that_stops_leaves_no_half_file(capsys, tmp_path, road, monkey
     argv = ["generate", "--policy", road / "sft/model", "--limit", 4, "--sampling.batch_size", 2]
     argv += ["--sampling.max_new_tokens", 4, "--output", file, "--overwrite"]
     argv = [str(a) for a in argv]
-    write, written = output.write_line, []
+    write, written = output.write_line, list[dict]()
 
     def stop(stream, record):
         if len(written) == 3:
