@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastalign.data.formats import Completion, LoadReport
 from fastalign.data.synthetic import SyntheticTask
 from fastalign.data.tokenizer import train_tokenizer
-from fastalign.models import Policy
+from fastalign.data.tokens import tokenize_completions
+from fastalign.models import Policy, load_tokenizer
 from fastalign.train import dpo
 
 N_PAIRS = 6
@@ -97,3 +99,10 @@ def softplus(x: float) -> float:
 
 def sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x))
+
+
+def texts_of(model: str) -> list[Any]:
+    """The responses of `records`, as token ids."""
+    texts = [(r["prompt"], r[side]) for r in records() for side in ("chosen", "rejected")]
+    found = [Completion(p, r, None, "") for p, r in texts]
+    return tokenize_completions(found, load_tokenizer(model), LoadReport("here"), max_length=256)
