@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.commands.answers import read_lines
+from fastalign.commands.output import read_lines
 from fastalign.ops.reduce_scores import STATISTICS, reduce_scores
 from fastalign.report.read import Run, read_accounts, read_run, setting
 from fastalign.theory import best_of_n_curve, best_of_n_kl_bound
