@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastalign import theory
 from fastalign.errors import UserError
-from fastalign.laboratory.source import LETTERS, Source
+from fastalign.laboratory.source import LETTERS, PROMPT, Source
 
 MOST_OUTSIDE = 0.2
 
@@ -46,7 +46,7 @@ def distribution(folder: Path, source: Source, prompt: list[int] | None = None) 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     if prompt is None:
-        prompt = tokenizer("?")["input_ids"]
+        prompt = tokenizer(PROMPT)["input_ids"]
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS[: source.k])))
     letters = ids[source.strings]
     asked = torch.tensor(prompt).expand(len(letters), -1)
@@ -60,11 +60,6 @@ def distribution(folder: Path, source: Source, prompt: list[int] | None = None) 
             f"most {MOST_OUTSIDE:g} for tokens that are no letters"
         )
     return Distribution(p / total, max(0.0, 1 - total))
-
-
-def kl(p: Tensor, q: Tensor) -> float:
-    """KL(p || q) in nats, inf where p has mass that q has not."""
-    return theory.kl_divergence(p, q)
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:
@@ -90,7 +85,7 @@ def measure(
     span = float(reward.max() - reward.min())
     found = theory.regret(policy, base, reward)
     aim = theory.regret(target, base, reward)
-    to_target = kl(policy, target)
+    to_target = theory.kl_divergence(policy, target)
     return {
         "kl": found.kl,
         "reward": found.reward,
@@ -101,6 +96,6 @@ def measure(
         "target_reward": aim.reward,
         "target_regret_share": aim.regret / span,
         "kl_to_target": to_target if math.isfinite(to_target) else None,
-        "kl_from_target": kl(target, policy),
+        "kl_from_target": theory.kl_divergence(target, policy),
         "tv_to_target": total_variation(policy, target),
     }
