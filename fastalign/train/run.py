@@ -13,13 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastalign.streams import stream
 from fastalign.train import checkpoint, distributed, repeat, strict_json
+from fastalign.train.device import autocast as autocast
+from fastalign.train.device import choose_device as choose_device
+from fastalign.train.device import forward_dtype as forward_dtype
 from fastalign.train.folder import (
     RunError,
     claim_folder,
@@ -30,6 +33,7 @@ from fastalign.train.folder import (
 )
 from fastalign.train.meter import Meter
 from fastalign.train.same_run import changed_options
+from fastalign.train.stateful import Stateful as Stateful
 from fastalign.train.whole import sync, whole_folder, write_text
 
 log = logging.getLogger("fastalign")
@@ -89,92 +93,6 @@ def at_least(config: Any, least: float, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise RunError(f"expected {name} >= {least}, got {value}")
-
-
-@runtime_checkable
-class HasTensors(Protocol):
-    """What holds tensors as large as the weights, beside its `state_dict`."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Spread over the processes as they are; after `load_state_dict`, to be read into."""
-        ...
-
-
-class Stateful:
-    """What a checkpoint holds: modules, an optimizer, and all else with state_dict."""
-
-    def __init__(self, modules: dict[str, nn.Module], others: dict[str, Any]) -> None:
-        self.modules = modules
-        self.others = others
-
-    def capture(self, step: int) -> checkpoint.Checkpoint:
-        """Of all processes together: each one's part of the tensors, and its random state."""
-        tensors = {
-            f"{name}.{key}": tensor
-            for name, module in self.modules.items()
-            for key, tensor in _untied(module).items()
-        }
-        tensors |= self._of_others()
-        state = {name: other.state_dict() for name, other in self.others.items()}
-        states = distributed.gather([checkpoint.random_state()])
-        state["random"] = [one for (one,) in states]
-        return checkpoint.Checkpoint(step, tensors, state)
-
-    def _of_others(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": tensor
-            for name, other in self.others.items()
-            if isinstance(other, HasTensors)
-            for key, tensor in other.tensors().items()
-        }
-
-    def restore(self, saved: checkpoint.Saved) -> None:
-        """
-        Raises:
-            RunError: the checkpoint is not of this run; the weights stay as they were.
-        """
-        self._check_shapes(saved.shapes())
-        blank = {
-            name: {key: torch.empty_like(tensor) for key, tensor in _untied(module).items()}
-            for name, module in self.modules.items()
-        }
-        for name, other in self.others.items():
-            other.load_state_dict(saved.state[name])
-        of_modules = {f"{n}.{key}": t for n, own in blank.items() for key, t in own.items()}
-        saved.read(of_modules | self._of_others())
-        for name, module in self.modules.items():
-            names = _names(module)
-            module.load_state_dict({key: blank[name][first] for key, first in names.items()})
-        states, rank = saved.state["random"], distributed.world().rank
-        if rank < len(states):  # one that the run did not have keeps the state it began with
-            checkpoint.set_random_state(states[rank])
-
-    def _check_shapes(self, found: dict[str, tuple[int, ...]]) -> None:
-        own = {
-            f"{name}.{key}": tuple(tensor.shape)
-            for name, module in self.modules.items()
-            for key, tensor in _untied(module).items()
-        }
-        theirs = {key: shape for key, shape in found.items() if key.split(".")[0] in self.modules}
-        for key in sorted(own.keys() | theirs.keys()):
-            if own.get(key) != theirs.get(key):
-                raise RunError(
-                    f"the checkpoint is of another architecture: {key} is {theirs.get(key)} there, "
-                    f"{own.get(key)} here"
-                )
-
-
-def _names(module: nn.Module) -> dict[str, str]:
-    """Each name in the module's `state_dict`, with the first one of the same tensor."""
-    first: dict[int, str] = {}
-    state = module.state_dict(keep_vars=True)
-    return {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
-
-
-def _untied(module: nn.Module) -> dict[str, Tensor]:
-    """The module's `state_dict`, tied weights by their first name only."""
-    state = module.state_dict(keep_vars=True)
-    return {key: state[key].detach() for key in dict.fromkeys(_names(module).values())}
 
 
 class Run:
@@ -450,45 +368,6 @@ def _claim(config: RunConfig) -> None:
     if config.resume is not None and not unfinished:
         checkpoint.check_there(config.resume, folder / "checkpoints")
     claim_folder(folder, overwrite=config.overwrite, reuse=own)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one.
-
-    Raises:
-        RunError: an unknown or absent device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RunError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise RunError(f"device {name!r} is not supported: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RunError(
-            f"device {name!r} was asked for, but {torch.cuda.device_count()} CUDA devices are here"
-        )
-    return device
-
-
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """The forward pass's precision: weights stay fp32 (fp32 means no autocast).
-
-    Raises:
-        RunError: an unknown dtype.
-    """
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise RunError(f"unknown dtype {dtype!r}: expected auto, float32 or bfloat16")
-    low = forward_dtype(device, dtype) == torch.bfloat16
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
-
-
-def forward_dtype(device: torch.device, dtype: str) -> torch.dtype:
-    """What `dtype` means on a device: auto is bfloat16 on CUDA, float32 elsewhere."""
-    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    return torch.bfloat16 if low else torch.float32
 
 
 def check_context(max_length: int, context: int, model: str) -> None:
