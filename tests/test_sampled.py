@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import a_single_thread
 from labelled_runs import assert_resumes, lines_of, small, weights_of, without_clocks
 from plain_logprobs import plain_logprobs
 from preference_runs import config as pairs_config
@@ -42,7 +43,8 @@ def evaluation_of(folder):
 def filtered(road, tmp_path_factory):
     """A run of mle that measures its samples by gold."""
     folder = tmp_path_factory.mktemp("filtered")
-    mle.train(small(MLEConfig, folder, road, keep=0.5, lr=1e-3, **SAMPLED))
+    with a_single_thread():  # as the runs that it is compared with
+        mle.train(small(MLEConfig, folder, road, keep=0.5, lr=1e-3, **SAMPLED))
     return folder
 
 
