@@ -240,6 +240,9 @@ def fields_of_others(name: str) -> dict[str, set[str]]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `fastalign` command."""
     name, rest = choose_command(sys.argv[1:] if argv is None else argv)
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and not name.startswith("train "):
+        fail(f"{name} runs in one process, not in {size}: start it without torchrun")
     module, config_name, function_name = COMMANDS[name]
     loaded = import_module(module)
     config = parse(name, getattr(loaded, config_name), rest)

@@ -30,10 +30,11 @@ from fastalign.train import (
 )
 
 EVERY = {"device": "cpu", "micro_tokens": 300}
-DATA = EVERY | {"limit": 20, "epochs": 1, "batch_tokens": 700, "eval_limit": 4, "max_length": 128}
+DATA = EVERY | {"limit": 12, "epochs": 1, "batch_tokens": 700, "eval_limit": 4, "max_length": 128}
 LABELLED = DATA | {"reward": "gold"}
 ONLINE = EVERY | {
     "steps": 1,
+    "epochs": 1,
     "prompts_per_step": 6,
     "samples_per_prompt": 2,
     "batch_tokens": 300,

@@ -45,6 +45,31 @@ def test_fewer_sequences_than_processes() -> None:
     ]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_everything_is_looked_at_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    passes = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "world", lambda rank=rank: distributed.World(rank, size))
+        found_ = list(distributed.looks(LENGTHS, 17))
+        seen += [i for micro in found_ if micro.counts for i in micro.rows]
+        passes.append(len(found_))
+    assert sorted(seen) == list(range(7)) and len(set(passes)) == 1
+    assert all(n < 5 for n in passes) or size == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "evaluate", "bestofn", "report"])
+def test_what_runs_in_one_process_says_so(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command])
+    assert stop.value.code == 2
+    line = f"fastalign: {command} runs in one process, not in 2: start it without torchrun\n"
+    assert capsys.readouterr().err == line
+
+
 def test_one_process_keeps_the_order_of_the_batch() -> None:
     found_ = list(micros(nn.Identity(), [4, 0, 6, 2], LENGTHS, 12))
     assert found_ == [Micro([4, 0]), Micro([6, 2])]

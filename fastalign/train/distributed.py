@@ -252,6 +252,13 @@ def micros(
         yield micro
 
 
+def looks(lengths: Sequence[int], budget: int, prompts: Prompts | None = None) -> Iterator[Micro]:
+    """This process's passes without gradients over all of some sequences, one after the other; what
+    is not to count is only looked at. Arguments are those of `plan_micros`."""
+    here = world()
+    yield from plan_micros(range(len(lengths)), lengths, budget, here.size, prompts)[here.rank]
+
+
 def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 

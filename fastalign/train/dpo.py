@@ -211,19 +211,25 @@ def evaluate(trainee: Trainee, examples: Examples) -> dict[str, float]:
     """
     trainee.policy.eval()
     everything = list(range(len(examples)))
-    total, parts = 0.0, list[dict[str, Tensor]]()
-    passes = token_budget_batches(
-        examples.packed_lengths, trainee.config.micro_tokens, prompts=examples.prompts
-    )
+    total, own = 0.0, list[tuple[list[int], dict[str, Tensor]]]()
     z0 = trainee.baseline(examples, everything)
-    for rows in passes:
-        part = trainee.part(examples, Micro(rows), z0)
+    for micro in distributed.looks(
+        examples.packed_lengths, trainee.config.micro_tokens, examples.prompts
+    ):
+        part = trainee.part(examples, micro, z0)
         out, _ = trainee.forward(part, len(examples))
         total += float(out.loss)
         bounds = part.bounds.to(trainee.device)
-        parts.append(trainee.loss.statistics(out.logp, cu_seqlens=bounds, **part.inputs))
+        statistics_ = trainee.loss.statistics(out.logp, cu_seqlens=bounds, **part.inputs)
+        if micro.counts:
+            own.append((micro.rows, {name: x.cpu() for name, x in statistics_.items()}))
     trainee.policy.train()
-    found = {name: torch.cat([part[name] for part in parts]).double() for name in parts[0]}
+    total = sum(one for (one,) in distributed.gather([total]))
+    parts = [part for share in distributed.gather(own) for part in share]
+    order = torch.tensor([i for rows, _ in parts for i in rows]).argsort()
+    found = {
+        name: torch.cat([part[name] for _, part in parts]).double()[order] for name in parts[0][1]
+    }
     metrics = {"loss": total}
     metrics |= {name: float(x.nanmean()) for name, x in found.items() if not x.isnan().all()}
     right = found.get("rewards/accuracies")

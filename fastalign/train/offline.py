@@ -28,6 +28,7 @@ from fastalign import losses, ops
 from fastalign.data.packing import Packed, token_budget_batches
 from fastalign.losses import effective_sample_size
 from fastalign.models.flops import forward_flops
+from fastalign.train import distributed
 from fastalign.train.kept import key_of
 from fastalign.train.labels import (
     FromLabels,
@@ -232,20 +233,22 @@ class Offline(FromLabels):
         """On the held-out samples, of both losses and of the distance from pi_init."""
         was_training = self.policy.training
         self.policy.eval()
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         count = self.held_out.starts[-1]
-        for batch in token_budget_batches(self.held_out.lengths, self.config.micro_tokens):
-            pack_, inputs = self.held_out.of(batch, self.device)
+        for micro in distributed.looks(self.held_out.lengths, self.config.micro_tokens):
+            pack_, inputs = self.held_out.of(micro.rows, self.device)
             logp, values = self.forward(pack_)
             taken = {name: inputs[name] for name in self.loss.required}
             parts = of_data(logp, inputs["ref_logp"])
             parts["loss/policy"] = self.loss(logp, None, **taken).sum()
             parts["loss/value"] = losses.ValueLoss()(values, inputs["returns"]).sum()
             for name, part in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(part) / count
+                sums[name] = sums.get(name, 0.0) + part.double() / micro.divisor(count)
         self.policy.train(was_training)
-        loss = sums["loss/policy"] + self.config.vf_coef * sums["loss/value"]
-        return sums | {"loss": loss}
+        numbers = distributed.total(torch.stack(list(sums.values()))).tolist()
+        found: dict[str, float] = dict(zip(sums, numbers, strict=True))
+        loss = found["loss/policy"] + self.config.vf_coef * found["loss/value"]
+        return found | {"loss": loss}
 
     # --- resuming ---------------------------------------------------------------------------------
 

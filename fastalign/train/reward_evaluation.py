@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from fastalign import ops
-from fastalign.data.packing import (
-    Packed,
-    Prompts,
-    held,
-    pack,
-    same_prompts,
-    token_budget_batches,
-)
+from fastalign.data.packing import Packed, Prompts, held, pack, same_prompts
 from fastalign.data.tokens import TokenizedPreference
 from fastalign.models import RewardEnsemble
+from fastalign.train import distributed
 from fastalign.train.head_diversity import correlation, shuffled
 from fastalign.train.run import autocast
 
@@ -62,20 +56,22 @@ def sizes(
 def score_pairs(
     ensemble: RewardEnsemble, pairs: list[TokenizedPreference], micro_tokens: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """fp32 [n, K] scores of the chosen and of the rejected responses."""
+    """fp32 [n, K] scores of the chosen and of the rejected responses, on the CPU. Each process
+    scores its share."""
     device = ensemble.weight.device
     was_training = ensemble.training
     ensemble.eval()
-    scores = torch.empty(2, len(pairs), ensemble.config.n_heads)
+    scores = torch.zeros(2, len(pairs), ensemble.config.n_heads, device=device)
     share = ensemble.shares_prompts
     lengths = [shared_length(p) if share else pair_length(p) for p in pairs]
-    prompts = same_pairs(pairs) if share else None
-    for batch in token_budget_batches(lengths, micro_tokens, prompts=prompts):
+    for micro in distributed.looks(lengths, micro_tokens, same_pairs(pairs) if share else None):
         with autocast(device, dtype):
-            both = ensemble(packed([pairs[i] for i in batch], share).to(device))
-        scores[:, batch] = both.reshape(len(batch), 2, -1).transpose(0, 1).cpu()
+            both = ensemble(packed([pairs[i] for i in micro.rows], share).to(device))
+        if micro.counts:
+            scores[:, micro.rows] = both.reshape(len(micro.rows), 2, -1).transpose(0, 1)
     ensemble.train(was_training)
-    return scores[0], scores[1]
+    chosen, rejected = distributed.total(scores).cpu()
+    return chosen, rejected
 
 
 def evaluate(

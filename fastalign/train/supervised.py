@@ -23,7 +23,7 @@ from torch import Tensor
 from fastalign import losses, ops
 from fastalign.data import source
 from fastalign.data.formats import Completion, LoadReport
-from fastalign.data.packing import Packed, epochs_of_batches, pack, token_budget_batches
+from fastalign.data.packing import Packed, epochs_of_batches, pack
 from fastalign.data.tokens import TokenizedCompletion, tokenize_completions
 from fastalign.models import Policy
 from fastalign.models.flops import training_flops
@@ -247,15 +247,16 @@ class Supervised:
         """On the held-out samples: the loss, and the perplexity of their response tokens."""
         was_training = self.policy.training
         self.policy.eval()
-        loss = nats = 0.0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         count = sum(self.held_out.response_lengths)
-        for batch in token_budget_batches(self.held_out.lengths, self.config.micro_tokens):
-            pack_, inputs = self.held_out.of(batch, self.device)
+        for micro in distributed.looks(self.held_out.lengths, self.config.micro_tokens):
+            pack_, inputs = self.held_out.of(micro.rows, self.device)
             with autocast(self.device, self.config.dtype):
                 logp, _ = self.policy.logprobs(pack_)
-            loss += float(self.loss(logp, None, **inputs).sum())
-            nats -= float(logp.sum())
+            if micro.counts:
+                sums += torch.stack([self.loss(logp, None, **inputs).sum(), -logp.sum()])
         self.policy.train(was_training)
+        loss, nats = distributed.total(sums).tolist()
         return {"loss": loss / count, "perplexity": perplexity(nats / count)}
 
     # --- the loop ---------------------------------------------------------------------------------
