@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from several_processes import scripted
 
+from fastalign.models import load_tokenizer
 from fastalign.models.lora import LoRAConfig
 from fastalign.train import (
     apa,
@@ -28,6 +30,9 @@ from fastalign.train import (
     rwr,
     sft,
 )
+from fastalign.train.engine import policy_weights
+from fastalign.train.optim import OptimConfig
+from fastalign.train.setup import load_policy
 
 EVERY = {"device": "cpu", "micro_tokens": 300}
 DATA = EVERY | {"limit": 12, "epochs": 1, "batch_tokens": 700, "eval_limit": 4, "max_length": 128}
@@ -41,7 +46,7 @@ ONLINE = EVERY | {
     "eval_limit": 2,
     "eval_samples": 1,
 }
-LORA = {"lora": LoRAConfig(rank=4), "lr": 1e-2}
+LORA: dict[str, Any] = {"lora": LoRAConfig(rank=4), "lr": 1e-2}
 
 RUNS: dict[str, tuple[Any, Callable[[Any], Path], dict[str, Any]]] = {
     # A value head, and a critic of its own, that learn before the policy does.
@@ -53,7 +58,7 @@ RUNS: dict[str, tuple[Any, Callable[[Any], Path], dict[str, Any]]] = {
     "dt": (dt.DTConfig, dt.train, LABELLED),
     "apa-offline": (offline.OfflineAPAConfig, offline.train_apa, LABELLED | {"refresh": True}),
     "awr-offline": (offline.OfflineAWRConfig, offline.train_awr, LABELLED),
-    "lora-sft": (sft.SFTConfig, sft.train, DATA | LORA),
+    "lora-sft": (sft.SFTConfig, sft.train, DATA | LORA | {"checkpoint_every": 1}),
     "lora-dpo": (dpo.DPOConfig, dpo.train, DATA | LORA | {"reference": "live"}),
     "lora-grpo": (grpo.GRPOConfig, grpo.train, ONLINE | LORA | {"kl_coef": 0.05, "steps": 2}),
 }
@@ -85,6 +90,21 @@ def of_run(folder: Path) -> dict[str, Any]:
     return {"metrics": [json.loads(line) for line in lines], "weights": weights}
 
 
+def merged(model: str) -> dict[str, Any]:
+    """What an engine of its own is given of a policy with an adapter: before it is sharded, and
+    of the shards."""
+    torch.manual_seed(0)
+    config = OptimConfig(lora=LORA["lora"])
+    policy = load_policy(config, model, load_tokenizer(model), device=torch.device("cpu"))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    before = dict(policy_weights(policy))
+    distributed.shard(policy, "hidden")
+    return {"before": before, "after": dict(policy_weights(policy))}
+
+
 def check_methods(folder: Path) -> dict[str, Any]:
-    size = distributed.world().size
-    return {name: run(name, folder / "road", folder / f"{name}-{size}") for name in RUNS}
+    size, road = distributed.world().size, folder / "road"
+    found = {name: run(name, road, folder / f"{name}-{size}") for name in RUNS}
+    return found | {"merged": merged(str(road / "sft" / "model"))}

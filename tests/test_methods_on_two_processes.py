@@ -6,6 +6,7 @@ LoRA too: the reference without the adapter, the sampler with it, and what is sa
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import methods_run
 import pytest
 from conftest import a_single_thread
 from several_processes import found
+
+from fastalign.train import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +42,12 @@ def one(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", methods_run.RUNS)
 def test_one_process_and_two(name: str, one: dict[str, Any], two: dict[str, Any]) -> None:
+    same(one[name], two[name])
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> None:
     """Sums in another order: float32's rounding, which AdamW may make a step of where a gradient
     is all but zero."""
-    a, b = one[name], two[name]
     assert [(x["step"], x["phase"]) for x in a["metrics"]] == [
         (x["step"], x["phase"]) for x in b["metrics"]
     ]
@@ -56,3 +62,26 @@ def test_one_process_and_two(name: str, one: dict[str, Any], two: dict[str, Any]
     for key, weight in a["weights"].items():
         apart = (b["weights"][key] - weight).abs()
         assert apart.mean() < 1e-5 and (apart > 1e-3).float().mean() < 1e-3, key
+
+
+def test_an_adapter_of_two_processes_goes_on_with_one(
+    folder: Path, one: dict[str, Any], two: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its checkpoint holds the adapter, its moments and a fingerprint of the base."""
+    assert two["lora-sft"]["weights"]
+    shutil.copytree(folder / "lora-sft-2", tmp_path / "run")
+    older, newer = checkpoint.found(tmp_path / "run" / "checkpoints")
+    assert len(list(newer.glob("shard-*"))) == 2
+    names = checkpoint.load(newer).shapes().keys()
+    assert {n for n in names if "lora_" not in n} == {"policy.model.base_fingerprint"}
+    shutil.rmtree(newer)
+    shutil.rmtree(tmp_path / "run" / "model")
+    options = {"resume": "auto"}
+    same(one["lora-sft"], methods_run.run("lora-sft", folder / "road", tmp_path / "run", **options))
+
+
+def test_an_engine_gets_the_merged_weights(two: dict[str, Any]) -> None:
+    before, after = two["merged"]["before"], two["merged"]["after"]
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert (after[name] - weight).abs().max() < 1e-6, name
