@@ -258,7 +258,7 @@ def test_results_are_written_in_one_step(tmp_path, road, monkeypatch):
     named, replace = [], Path.replace
 
     def note(self, target):
-        named.append(Path(target).name)
+        named.append(Path(target))
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", note)
@@ -266,4 +266,4 @@ def test_results_are_written_in_one_step(tmp_path, road, monkeypatch):
     policy = ["--policy", road / "sft/model", "--n", 2]
     cli.main([str(a) for a in ["bestofn", *policy, *argv, "--output", best]])
     for folder in (evaluation, best):
-        assert {path.name for path in folder.iterdir()} - {"report.html"} <= set(named)
+        assert set(folder.iterdir()) - {folder / "report.html"} <= set(named)
