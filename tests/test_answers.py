@@ -16,7 +16,6 @@ from fastalign.commands.output import read_lines, write_lines
 from fastalign.data import source
 from fastalign.models import Policy, load_tokenizer
 from fastalign.rollout import SamplingConfig
-from fastalign.theory import best_of_n_curve
 from fastalign.train.run import RunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,71 +91,6 @@ def test_no_room_for_a_prompt(road: Path) -> None:
         Answers(config)
 
 
-def best(road: Path, output: Path, **options: Any) -> bestofn.BestOfNConfig:
-    values: dict[str, Any] = {"limit": 5, "n": 4, "sampling": SHORT}
-    return bestofn.BestOfNConfig(
-        policy=str(road / "sft" / "model"),
-        reward=str(road / "reward" / "model"),
-        output=str(output),
-        **(values | options),
-    )
-
-
-def test_best_of_n(road: Path, tmp_path: Path) -> None:
-    folder = bestofn.run(best(road, tmp_path / "run", curve=True))
-    samples, selected = lines(folder / "samples.jsonl"), lines(folder / "selected.jsonl")
-    assert (len(samples), len(selected)) == (20, 5)
-    proxy = torch.tensor([r["reward"] for r in samples], dtype=torch.float64).reshape(5, 4)
-    assert [r["reward"] for r in selected] == proxy.max(1).values.tolist()
-    for i, r in enumerate(selected):
-        assert r["n"] == 4 and r["prompt"] == samples[4 * i]["prompt"]
-        assert len(r["heads"]) == 3
-    found = json.loads((folder / "curve.json").read_text())
-    assert found["n"] == [1, 2, 3, 4]
-    assert found["reward"][0] == pytest.approx(proxy.mean().item(), abs=1e-12)
-    assert found["reward"][3] == pytest.approx(proxy.max(1).values.mean().item(), abs=1e-12)
-    # Best of 2 over the six pairs of four: the third of the sorted counts 2/6 ...
-    ordered = proxy.sort(1).values
-    pairs = (ordered * torch.tensor([0, 1, 2, 3]) / 6).sum(1).mean().item()
-    assert found["reward"][1] == pytest.approx(pairs, abs=1e-12)
-    gold = torch.tensor([r["gold"] for r in samples], dtype=torch.float64).reshape(5, 4)
-    by_prompt = best_of_n_curve(gold, proxy)
-    assert found["gold"] == by_prompt.mean(0).tolist()
-    assert found["gold_stderr"] == (by_prompt.std(0) / 5**0.5).tolist()
-    assert found["kl_bound"][3] == pytest.approx(1.3862943611198906 - 0.75)
-    assert list(found["kl_estimate"]) == ["1", "2", "4"]
-    assert 0 < found["kl_estimate"]["4"] <= found["kl_bound"][3]
-    assert (folder / "best_of_n.svg").read_text().count("gold reward") == 1
-    assert (folder / "best_of_n.png").stat().st_size > 10_000
-    read, _ = source.completions(str(folder / "selected.jsonl"), None, None, None)
-    assert [r.reward for r in read] == [r["reward"] for r in selected]
-
-
-def test_a_stopped_best_of_n_goes_on(road: Path, tmp_path: Path) -> None:
-    """Two prompts a chunk: cut within the second chunk, even within a line, all comes out the
-    same."""
-    whole = bestofn.run(best(road, tmp_path / "whole"))
-    folder = tmp_path / "cut"
-    folder.mkdir()
-    text = (whole / "samples.jsonl").read_text()
-    (folder / "config.yaml").write_text((whole / "config.yaml").read_text())
-    cut = len("".join(line + "\n" for line in text.splitlines()[:11])) + 40
-    (folder / "samples.jsonl").write_text(text[:cut])
-    bestofn.run(best(road, folder, resume="auto"))
-    for name in ("samples.jsonl", "selected.jsonl"):
-        assert (folder / name).read_text() == (whole / name).read_text()
-    with pytest.raises(RunError, match="already in use"):
-        bestofn.run(best(road, folder))
-    for changes, said in (
-        ({"seed": 1}, "a run with seed 0, this one has 1: resume with the former"),
-        ({"target_reward": 2.0}, "a run with target_reward None, this one has 2.0"),
-        ({"sampling": SamplingConfig(max_new_tokens=7, batch_size=8)}, "sampling.max_new_tokens 8"),
-        ({"statistic": "min"}, "a run with statistic None, this one has min"),
-    ):
-        with pytest.raises(RunError, match=said):
-            bestofn.run(best(road, folder, resume="auto", **changes))
-
-
 def test_half_a_line_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     write_lines(path, [{"a": 1}, {"a": 2}])
@@ -204,14 +138,27 @@ def test_evaluate(road: Path, tmp_path: Path, capsys: Any) -> None:
     assert status == 2 and "already in use" in err
 
 
-def test_exact_kl_and_entropy_against_whole_logits(road: Path) -> None:
+def test_exact_kl_and_entropy_against_whole_logits(
+    road: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each model reads a prompt once, and both of its answers."""
     config = evaluate.EvaluateConfig(
         policy=str(road / "apa" / "model"), limit=3, samples=2, sampling=SHORT, micro_tokens=100
     )
     answers = Answers(config)
     base = Policy.load(str(road / "sft" / "model"), answers.tokenizer).eval()
     rollouts = [r for chunk in answers.draw(2) for r in chunk]
+    read, plain = [], Policy.hidden
+
+    def hidden(self: Policy, packed: Any) -> torch.Tensor:
+        read.append(packed.input_ids.numel())
+        return plain(self, packed)
+
+    monkeypatch.setattr(Policy, "hidden", hidden)
     entropy, kl = evaluate.per_token(config, answers.policy, rollouts, base)
+    prompts = sum(len(r.prompt) for r in rollouts[::2])
+    completions = sum(len(r.completion) for r in rollouts)
+    assert sum(read) == 2 * (prompts + completions)
     at = 0
     for i, r in enumerate(rollouts):
         ids, start = torch.tensor([r.prompt + r.completion]), len(r.prompt) - 1
@@ -331,7 +278,15 @@ def test_what_it_took_and_who_is_who(road: Path, tmp_path: Path, functions: str)
     assert seconds["generate"] > 0 and seconds["score"] > 0 and seconds["reference"] > 0
     parts = [value for name, value in seconds.items() if name != "total"]
     assert seconds["total"] == pytest.approx(sum(parts)) and cost["method"] == "evaluate"
-    curve_folder = bestofn.run(best(road, tmp_path / "best"))
+    best = bestofn.BestOfNConfig(
+        policy=str(road / "sft" / "model"),
+        reward=str(road / "reward" / "model"),
+        output=str(tmp_path / "best"),
+        limit=5,
+        n=4,
+        sampling=SHORT,
+    )
+    curve_folder = bestofn.run(best)
     curve, records = strict(curve_folder / "curve.json"), lines(curve_folder / "samples.jsonl")
     assert curve["seconds"]["generate"] > 0 and curve["seconds"]["score"] > 0
     assert curve["tokens"] > sum(r["tokens"] for r in records)  # prompts count too

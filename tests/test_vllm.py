@@ -145,6 +145,7 @@ def test_answers_become_rollouts_in_order(engine: VLLMEngine) -> None:
 def test_log_probs_are_the_policys(engine: VLLMEngine) -> None:
     found = engine.generate([[5, 6], [7]], 2, SAMPLING)
     assert engine.gap < 1e-5
+    assert [r.prompt for r in found] == [[5, 6], [5, 6], [7], [7]]
     assert agreement.gap(engine.policy, found, 0.7) < 1e-5
     assert agreement.gap(engine.policy, found, 1.0) > 1e-2
 

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastalign.data import source
 from fastalign.data.condition import FILE, Condition, Tagger
 from fastalign.data.formats import LoadReport, Prompt
-from fastalign.data.packing import pack, token_budget_batches
 from fastalign.data.tokens import TokenizedPrompt, tokenize_prompts
 from fastalign.models import Policy, load_tokenizer
 from fastalign.rollout import Rollout, SamplingConfig, TransformersEngine
@@ -224,24 +222,6 @@ class Answers:
             "tokens": len(self.plain(rollout).completion),
             "logp": sum(rollout.logp),
         }
-
-
-@torch.no_grad()
-def logprobs(
-    policy: Policy, rollouts: list[Rollout], temperature: float, micro_tokens: int, dtype: str
-) -> Tensor:
-    """fp32 [N] on the CPU: log-probs of all answers' tokens under `policy`, answer after answer."""
-    device = policy.head_weight.device
-    sequences = [r.prompt + r.completion for r in rollouts]
-    rows: list[Tensor] = [torch.empty(0)] * len(rollouts)
-    for batch in token_budget_batches([len(s) for s in sequences], micro_tokens):
-        packed = pack([sequences[i] for i in batch], [len(rollouts[i].prompt) for i in batch])
-        with autocast(device, dtype):
-            logp, _ = policy.logprobs(packed.to(device), temperature=temperature)
-        parts = logp.cpu().split([len(rollouts[i].completion) for i in batch])
-        for i, part in zip(batch, parts, strict=True):
-            rows[i] = part
-    return torch.cat(rows)
 
 
 def account(folder: Path, command: str, meter: Meter) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The folder it writes:
     samples.jsonl    every answer with its reward
     selected.jsonl   the best answer to each prompt, which `train sft` or `train mle` imitate
     curve.json       expected reward of best-of-n for every n up to N, unbiased, with its KL
+    inputs.json      digests of the models and the prompts, by which --resume knows them again
     accounting.json  seconds by phase and tokens; of a resumed run, those since it was resumed
     best_of_n.svg, best_of_n.png   the same as a picture (--curve)
 
@@ -15,6 +16,7 @@ that of best-of-n to the model sampled from: at most log n - (n - 1) / n nats (a
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +46,14 @@ from fastalign.train.run import (
     options_of,
     write_config,
 )
-from fastalign.train.same_run import flat
+from fastalign.train.same_run import Inputs, flat
 from fastalign.train.whole import write_text
 
 log = logging.getLogger("fastalign")
 # Options that change no answer and no reward.
 ANY = ("output", "curve", "device", "micro_tokens")
 SAMPLES, SELECTED, CURVE = "samples.jsonl", "selected.jsonl", "curve.json"
+INPUTS = "inputs.json"
 
 
 @dataclass
@@ -96,9 +99,13 @@ def run(config: BestOfNConfig) -> Path:
     if config.resume is not None:
         check_same(config, folder)
     answers, rewards, gold = sources(config)
+    inputs = digests(answers, rewards, gold)
+    if config.resume is not None:
+        check_inputs(inputs, folder)
     if config.overwrite:
         clear_folder(folder)
     write_config(folder, config)
+    write_text(folder / INPUTS, strict_json.dumps(inputs, indent=1) + "\n")
     answers.meter.start()
     records = sample(config, answers, rewards, gold, folder)
     proxy = table(records, config.n, "reward")
@@ -148,6 +155,41 @@ def check_same(config: BestOfNConfig, folder: Path) -> None:
             raise RunError(
                 f"--resume: the answers in {folder} are of a run with {name} {before.get(name)}, "
                 f"this one has {value}: resume with the former value, or begin a new run"
+            )
+
+
+def digests(answers: Answers, rewards: RewardSource, gold: Gold | None) -> dict[str, str]:
+    """Of all that decides what is answered and how it is scored, by contents and not by path."""
+    parts: dict[str, Any] = {"policy": answers.policy, "prompts": answers.prompts}
+    functions: dict[str, str] = {}
+    for name, source in (("reward", rewards), ("gold", gold)):
+        if isinstance(source, RewardSource):
+            if source.ensemble is not None:
+                parts[name] = source.ensemble
+            functions |= {
+                f"{name} {entry.name}": source.digests[entry.name]
+                for entry in source.entries
+                if entry.function is not None
+            }
+    return Inputs(**parts).state_dict() | functions
+
+
+def check_inputs(inputs: dict[str, str], folder: Path) -> None:
+    """Refuses to go on with answers that other models gave or scored, or to other prompts.
+
+    Raises:
+        RunError: names the first that differs from that of the stopped run.
+    """
+    path = folder / INPUTS
+    if not path.exists():  # it was stopped before anything was sampled
+        return
+    before = json.loads(path.read_text())
+    for name, digest in inputs.items():
+        if before.get(name) != digest:
+            raise RunError(
+                f"--resume: the answers in {folder} are of a run with another {name} "
+                f"({before.get(name)} there, {digest} here): resume with the former one, or begin "
+                "a new run"
             )
 
 

@@ -19,7 +19,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from fastalign import ops, theory
 from fastalign.commands.answers import Answers, AnswersConfig, account, is_conditional
 from fastalign.commands.output import write_lines
 from fastalign.data import source
-from fastalign.data.packing import pack, token_budget_batches
+from fastalign.data.packing import pack, same_prompts, token_budget_batches
 from fastalign.models import Policy, load_tokenizer
 from fastalign.models.reward import check_same_tokenizer
 from fastalign.ops.reduce_scores import STATISTICS
@@ -229,44 +228,39 @@ def per_token(
     ref_prompts = ref_prompts or [r.prompt for r in rollouts]
     sizes = [len(r.completion) for r in rollouts]
     parts: list[Tensor] = [torch.empty(0)] * len(rollouts)
-    for batch in token_budget_batches([len(s) for s in sequences], config.micro_tokens):
-        packed = pack([sequences[i] for i in batch], [len(rollouts[i].prompt) for i in batch])
-        packed = packed.to(device)
-        options: dict[str, Any] = {
-            "temperature": config.sampling.temperature,
-            "ignore_index": None,
-        }
+    share = policy.shares_prompts and (reference is None or reference.shares_prompts)
+    prompts = same_prompts(r.prompt for r in rollouts) if share else None
+    lengths, temperature = [len(s) for s in sequences], config.sampling.temperature
+    for batch in token_budget_batches(lengths, config.micro_tokens, prompts=prompts):
+        asked = [len(rollouts[i].prompt) for i in batch]
+        packed = pack([sequences[i] for i in batch], asked, share=share).to(device)
         with autocast(device, config.dtype):
             hidden = policy.response_hidden(packed)
-            weight, targets = policy.head_weight.to(hidden.dtype), packed.response_targets
-            logp, entropy = ops.linear_logprobs(
-                hidden,
-                weight,
-                targets,
-                bias=policy.head_bias,
-                softcap=policy.softcap,
-                return_entropy=True,
-                **options,
+            logp, entropy = policy.logprobs(
+                packed, temperature=temperature, return_entropy=True, hidden=hidden
             )
+            assert entropy is not None
             rows = [logp, entropy]
             if reference is not None:
-                asked = pack(
+                ref_packed = pack(
                     [ref_prompts[i] + rollouts[i].completion for i in batch],
                     [len(ref_prompts[i]) for i in batch],
+                    share=share,
                 ).to(device)
-                ref_hidden = reference.response_hidden(asked)
-                ref_weight = reference.head_weight.to(hidden.dtype)
-                rows.append(reference.logprobs(asked, temperature=options["temperature"])[0])
+                ref_hidden = reference.response_hidden(ref_packed)
+                rows.append(
+                    reference.logprobs(ref_packed, temperature=temperature, hidden=ref_hidden)[0]
+                )
                 rows.append(
                     ops.linear_kl(
                         hidden,
-                        weight,
+                        policy.head_weight.to(hidden.dtype),
                         ref_hidden,
-                        ref_weight,
+                        reference.head_weight.to(hidden.dtype),
                         bias=policy.head_bias,
                         ref_bias=reference.head_bias,
                         softcap=policy.softcap,
-                        temperature=options["temperature"],
+                        temperature=temperature,
                     )
                 )
         found = torch.stack([row.float() for row in rows]).cpu()

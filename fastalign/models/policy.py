@@ -142,10 +142,18 @@ class Policy(nn.Module):
         return self.hidden(packed).index_select(0, packed.kept)
 
     def logprobs(
-        self, packed: Any, *, temperature: float = 1.0, return_entropy: bool = False
+        self,
+        packed: Any,
+        *,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropies), fp32 [M], of the M targets of a pack that count, in order."""
-        hidden = self.response_hidden(packed)
+        """Log-probs (and entropies), fp32 [M], of the M targets of a pack that count, in order.
+
+        `hidden`: the pack's `response_hidden`, where it is there already.
+        """
+        hidden = self.response_hidden(packed) if hidden is None else hidden
         weight, targets = self.head_weight.to(hidden.dtype), packed.response_targets
         options: dict[str, Any] = {
             "bias": self.head_bias,

@@ -35,10 +35,10 @@ def gap(policy: Policy, rollouts: list[Rollout], temperature: float, tokens: int
             break
         chosen.append(rollout)
     sequences = [r.prompt + r.completion for r in chosen]
-    packed = pack(sequences, [len(r.prompt) for r in chosen]).to(policy.head_weight.device)
+    packed = pack(sequences, [len(r.prompt) for r in chosen], share=policy.shares_prompts)
     was_training = policy.training
     policy.eval()
-    ours, _ = policy.logprobs(packed, temperature=temperature)
+    ours, _ = policy.logprobs(packed.to(policy.head_weight.device), temperature=temperature)
     policy.train(was_training)
     theirs: Tensor = torch.tensor([x for r in chosen for x in r.logp])
     return (ours.cpu() - theirs).abs().mean().item()
