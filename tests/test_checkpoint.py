@@ -189,6 +189,18 @@ def test_damage_is_found_named_and_passed_over(tmp_path, damage):
         checkpoint.newest_intact(tmp_path)
 
 
+def test_a_checkpoint_of_another_form_is_not_called_damaged(tmp_path):
+    path = checkpoint.save(tmp_path, made(5), keep=1)
+    (path / "shard-00001.safetensors").rename(path / "weights.safetensors")
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("shard-00001", "weights"))
+    with pytest.raises(CheckpointError, match="another version.*read weights") as e:
+        checkpoint.load(path)
+    assert "damaged" not in str(e.value)
+    with pytest.raises(CheckpointError, match="nothing to resume: checkpoint .* another version"):
+        checkpoint.newest_intact(tmp_path)
+
+
 def test_nothing_to_resume(tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(CheckpointError, match="nothing to resume: no checkpoint in"):

@@ -150,6 +150,12 @@ def load(path: Path) -> Saved:
         raise CheckpointError(f"damaged checkpoint {path}: {MANIFEST} is not readable") from error
     if wrong:
         raise CheckpointError(f"damaged checkpoint {path}: {wrong[0]}")
+    others = [name for name in files if name != STATE and not Path(name).match(shards.PATTERN)]
+    if others:
+        raise CheckpointError(
+            f"checkpoint {path} is intact, but of another version of fastalign: this one does not "
+            f"read {others[0]}; go on with that version, or begin a new run"
+        )
     state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     return Saved(path, step, state)
 
