@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
-from several_processes import scripted
+from several_processes import reading, scripted
 
 from fastalign.models import load_tokenizer
 from fastalign.models.lora import LoRAConfig
@@ -28,6 +29,7 @@ from fastalign.train import (
     online,
     ppo,
     rwr,
+    sampled,
     sft,
 )
 from fastalign.train.engine import policy_weights
@@ -53,7 +55,8 @@ RUNS: dict[str, tuple[Any, Callable[[Any], Path], dict[str, Any]]] = {
     "apa": (apa.APAConfig, apa.train, ONLINE | {"critic_steps": 3}),
     "awr": (awr.AWRConfig, awr.train, ONLINE),
     "ppo": (ppo.PPOConfig, ppo.train, ONLINE | {"critic": "reward", "critic_steps": 3}),
-    "mle": (mle.MLEConfig, mle.train, LABELLED),
+    # Sampled from before and after.
+    "mle": (mle.MLEConfig, mle.train, LABELLED | {"eval_reward": "gold", "eval_samples": 2}),
     "rwr": (rwr.RWRConfig, rwr.train, LABELLED),
     "dt": (dt.DTConfig, dt.train, LABELLED),
     "apa-offline": (offline.OfflineAPAConfig, offline.train_apa, LABELLED | {"refresh": True}),
@@ -72,11 +75,12 @@ def run(name: str, road: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         options = options | {"policy": model, "reward": str(road / "reward" / "model")}
     else:
         options = options | {"model": model}
-    plain, online.make_engine = online.make_engine, scripted
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online, "make_engine", scripted)
+        for maker in ("TransformersEngine", "whole_engine"):
+            plain = getattr(sampled, maker)
+            patch.setattr(sampled, maker, lambda p, t, plain=plain: reading(plain(p, t)))
         train(config(output=str(folder), **(options | changes)))
-    finally:
-        online.make_engine = plain
     return of_run(folder) if distributed.world().is_main else {}
 
 

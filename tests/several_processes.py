@@ -251,12 +251,16 @@ def fail() -> None:
 
 
 def scripted(config: Any, policy: Any, tokenizer: Any) -> Any:
+    """What `engine.make_engine` gives, reading its answers from a script."""
+    from fastalign.train import engine
+
+    return reading(engine.make_engine(config, policy, tokenizer))
+
+
+def reading(real: Any) -> Any:
     """An engine whose answers depend on nothing but the prompt, with the policy's log-probs."""
     from fastalign.data.packing import pack
     from fastalign.rollout import Rollout
-    from fastalign.train import engine
-
-    real: Any = engine.make_engine(config, policy, tokenizer)
 
     class Scripted:
         sync = staticmethod(real.sync)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from labelled_runs import lines_of, small
 from safetensors.torch import load_file, save_file
 from test_answers import SHORT, lines
 
@@ -16,6 +17,7 @@ from fastalign.commands import bestofn
 from fastalign.data import source
 from fastalign.rollout import SamplingConfig
 from fastalign.theory import best_of_n_curve
+from fastalign.train import mle
 from fastalign.train.run import RunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +61,22 @@ def test_best_of_n(road: Path, tmp_path: Path) -> None:
     assert (folder / "best_of_n.png").stat().st_size > 10_000
     read, _ = source.completions(str(folder / "selected.jsonl"), None, None, None)
     assert [r.reward for r in read] == [r["reward"] for r in selected]
+
+
+def test_what_is_selected_is_imitated(road: Path, tmp_path: Path) -> None:
+    """All of it, by `train mle`."""
+    folder = bestofn.run(best(road, tmp_path / "run"))
+    config = small(
+        *(mle.MLEConfig, tmp_path / "distilled", road),
+        **{"data": str(folder / "selected.jsonl"), "reward": None, "keep": 1.0},
+        **{"limit": None, "epochs": 1, "batch_tokens": 4096},
+    )
+    mle.train(config)
+    (facts,) = lines_of(tmp_path / "distilled", "data")
+    assert facts["data/samples"] == facts["data/kept"] == 5
+    selected = lines(folder / "selected.jsonl")
+    mean = sum(r["reward"] for r in selected) / 5
+    assert facts["data/reward_kept"] == pytest.approx(mean)
 
 
 def test_a_stopped_best_of_n_goes_on(road: Path, tmp_path: Path) -> None:

@@ -66,6 +66,16 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> None:
         assert apart.mean() < 1e-5 and (apart > 1e-3).float().mean() < 1e-3, key
 
 
+def test_what_samples_are_worth(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Before and after, each process sampling for its share of the prompts: `same` compares the
+    numbers, which here are those of a policy that moved."""
+    for one_run in (one["mle"], two["mle"]):
+        before, after = (x for x in one_run["metrics"] if "reward/gold" in x)
+        assert before["n"] == after["n"] == 8
+        assert before["kl/k1"] == pytest.approx(0.0, abs=1e-5)
+        assert abs(after["kl/k1"]) > 1e-3
+
+
 def test_an_adapter_of_two_processes_goes_on_with_one(
     folder: Path, one: dict[str, Any], two: dict[str, Any], tmp_path: Path
 ) -> None:
