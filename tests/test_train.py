@@ -42,6 +42,7 @@ TRAIN = COMMON | {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_g
 TRAIN |= {"tokens_per_s/trained", "flops", "flops_per_s", "utilisation", "time/update"}
 REWARDS = {"reward/proxy", "reward/proxy_std", "reward/gold", "reward/gold_std"}
 POLICY = REWARDS | {"kl/k1", "kl/k3", "entropy", "length", "finished", "reward/disagreement"}
+POLICY |= {"heads/correlation"}
 HEADS = {"reward/head_0", "reward/head_1", "reward/head_2"}
 GUARDS = {"repeats", "distinct", "reward/zero_std", "kl/k1_stderr"}
 PHASES = {"time/generate", "time/score", "time/reference", "time/value"}
@@ -53,6 +54,7 @@ KEYS = {
     ("reward", "train"): TRAIN | {"accuracy", "tokens/repeated"},
     ("reward", "eval"): COMMON
     | {"loss", "accuracy", "accuracy/ci95", "disagreement"}
+    | {"heads/correlation/shuffled", "disagreement/shuffled"}
     | {"accuracy/head_0", "accuracy/head_1", "accuracy/head_2", "heads/correlation"}
     | {"argmin/head_0", "argmin/head_1", "argmin/head_2"},
     ("apa", "train"): TRAIN
