@@ -18,7 +18,15 @@ from benchmarks.over_optimisation import stages
 from fastalign import cli
 from fastalign.commands import courses, overoptimise
 from fastalign.report import write_report
-from fastalign.report.over_optimisation import clear, draw, groups, risen, section, ticks
+from fastalign.report.over_optimisation import (
+    clear,
+    draw,
+    groups,
+    risen,
+    rows_of_drops,
+    section,
+    ticks,
+)
 from fastalign.train.run import RunError
 
 GOLD = [0.0, 1.0, 2.0, 4.0, 3.0, 1.0]
@@ -119,6 +127,32 @@ def test_a_run_that_did_not_finish_counts_from_its_first_round(tmp_path: Path) -
     assert (found["source"], found["statistic"]) == ("unfinished run", tmp_path.name)
     assert found["drop"] == 3.0
     assert section({"runs": [found], "best_of_n": [], "reward_models": []}, None)  # type: ignore[arg-type]
+
+
+def test_a_sum_of_rewards_is_no_seed_of_the_model_in_it(tmp_path: Path) -> None:
+    """min and min + 0.5 * length differ: they must not share a panel, nor the sum's answers be
+    chosen by the heads alone."""
+    sum_of_two = [
+        {"name": "ensemble", "statistic": "mean", "coef": 1.0, "n_heads": 2},
+        {"name": "length", "weight": 0.5},
+    ]
+    for name, reward in (("one", sum_of_two[:1]), ("sum", sum_of_two)):
+        folder = make_run(tmp_path / name, GOLD)
+        told = json.loads((folder / "evaluation.json").read_text())
+        told |= {"reward": reward, "proxy": f"label of {name}"}
+        (folder / "evaluation.json").write_text(json.dumps(told))
+    make_samples(tmp_path / "bon", [{**a, "reward": -a["gold"]} for a in answers()])
+    about = json.loads((tmp_path / "bon" / "curve.json").read_text())
+    about["source"] = {"proxy": "label of both", "reward": sum_of_two}
+    (tmp_path / "bon" / "curve.json").write_text(json.dumps(about))
+    found = courses.read(tmp_path)
+    assert list(groups(found["runs"])) == [
+        ("2 heads, one encoder", "mean"),
+        ("a sum with reward models", "label of sum"),
+    ]
+    (one,) = found["best_of_n"]
+    assert (one["source"], one["statistic"]) == ("a sum with reward models", "label of both")
+    assert one["gold"][-1] == pytest.approx((-1.0 + 0.0) / 2)  # of three the worst gold
 
 
 # --- best-of-n ------------------------------------------------------------------------------------
@@ -234,6 +268,14 @@ def test_what_the_page_says(study: Path) -> None:
         assert words in text, words
 
 
+def test_the_kl_of_a_drop_is_that_of_the_rounds_it_is_a_mean_of() -> None:
+    """Means of three of a KL that jumps: that of the best rounds, 2 to 4, and of the last three."""
+    gold = [0.0, 1.0, 5.0, 6.0, 5.0, 1.0]
+    course = {"source": "a", "statistic": "min", "kl": [0.0, 1.0, 2.0, 9.0, 4.0, 26.0], "window": 3}
+    (row,) = rows_of_drops([{**course, "gold": gold, **courses.fall(gold, 3)}])
+    assert row[2:6] == ["5.33", "5.0", "4.00", "13.0"]
+
+
 def test_the_report_of_a_run_shows_the_study_beside_it(study: Path, tmp_path: Path) -> None:
     overoptimise.run(overoptimise.OveroptimiseConfig(str(study), str(study / "overoptimise")))
     make_apa(study / "apa", steps=8)
@@ -287,6 +329,14 @@ def test_folders_without_gold(tmp_path: Path) -> None:
 def test_answers_that_are_missing(tmp_path: Path) -> None:
     make_samples(tmp_path / "bon", answers()[:5])
     with pytest.raises(RunError, match="expected 2 x 3 answers, got 5"):
+        courses.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"samples": 3, "prompts": 2}'])
+def test_a_damaged_curve(tmp_path: Path, text: str) -> None:
+    make_samples(tmp_path / "bon", answers())
+    (tmp_path / "bon" / "curve.json").write_text(text)
+    with pytest.raises(RunError, match=r"bon/curve.json is damaged: expected what bestofn writes"):
         courses.read(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ def test_errors_by_hand() -> None:
     assert found.regret == pytest.approx(0.2, abs=1e-12)
     assert found.se == pytest.approx(math.sqrt(0.02**2 + 0.05**2 + 0.04**2))
     assert found.alpha == 1.0
+
+
+def test_the_error_of_a_kl_near_0() -> None:
+    """Rewards N(0, 1), a KL of 0 known to 0.02: the frontier is sqrt(2 * 0.02) = 0.2 higher there,
+    though it rises upright from 0; and the error of a KL of 1e-9 is nearly the same."""
+    alpha = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    nothing = torch.zeros_like(alpha)
+    curve = Frontier(alpha, alpha.square() / 2, *[nothing] * 6)
+    curve = replace(curve, reward=alpha)
+    for kl in (-0.1, 0.0, 1e-9):
+        found = place(curve, kl, 0.0, kl_se=0.02, reward_se=0.15)
+        assert found.se == pytest.approx(math.hypot(0.2, 0.15), rel=3e-3), kl
+    # From 0.02 the way down, 0.2, is longer than that up.
+    assert place(curve, 0.02, 0.0, kl_se=0.02).se == pytest.approx(0.2, rel=1e-3)
 
 
 def test_past_the_end_there_are_bounds_only() -> None:

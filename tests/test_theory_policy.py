@@ -157,6 +157,22 @@ def test_regret_over_prompts() -> None:
     assert max(f.se for f in found) < 0.1
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_few_samples_of_the_base_for_many_prompts() -> None:
+    """200 prompts with 40 rewards N(t, 1) each, and a policy that misses 0.2 at a KL of 0.5: the
+    bias of log Z, not the spread over prompts, decides how far the regret is off."""
+    alpha, held, spread = 1.0, 0, 0
+    for _ in range(60):
+        shift = 0.5 * torch.randn(200, 1).double()
+        base = shift + torch.randn(200, 40).double()
+        gained = alpha + torch.randn(200, 4).double()
+        found = regret_from_samples(base, shift + gained - 0.2, alpha * gained - alpha**2 / 2)
+        held += abs(found.regret - 0.2) < 1.96 * found.se
+        bias = 0.5 * (1 / found.ess - 1 / 40) / found.alpha
+        spread += abs(found.regret - 0.2) < 1.96 * math.sqrt(found.se**2 - bias**2)
+    assert held >= 52 and spread <= 50
+
+
 def test_budget_in_exact_proportion() -> None:
     """Alpha, reward and n of the exact small case; best-of-n from 2000 samples in proportion."""
     rewards = REWARD.repeat_interleave(torch.tensor([700, 600, 400, 200, 100]))

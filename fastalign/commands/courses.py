@@ -110,8 +110,10 @@ def _reward(described: dict[str, Any]) -> dict[str, Any]:
     """What `RewardSource.describe` said: `source` and `statistic` for people, and the numbers."""
     entries = described.get("reward") or []
     ensembles = [entry for entry in entries if "n_heads" in entry]
-    if not ensembles:
-        source = "reward functions" if entries else "unfinished run"
+    if not ensembles or len(entries) > 1:  # of a sum the heads' statistics say nothing
+        source = "unfinished run"
+        if entries:
+            source = "a sum with reward models" if ensembles else "reward functions"
         return {"source": source, "statistic": str(described["proxy"])}
     one = ensembles[0]
     models, heads = one.get("n_models", 1), one["n_heads"]
@@ -155,23 +157,29 @@ def of_samples(folder: Path, name: str) -> list[dict[str, Any]]:
     statistic over the heads, and for a single head (the mean over them).
 
     Raises:
-        RunError: samples.jsonl does not hold `samples` answers to each prompt.
+        RunError: curve.json is damaged, or samples.jsonl does not hold `samples` answers to each
+            prompt.
     """
-    about = json.loads((folder / "curve.json").read_text())
-    records, n = read_lines(folder / "samples.jsonl"), about["samples"]
+    try:
+        about = json.loads((folder / "curve.json").read_text())
+        n, prompts, reward = about["samples"], about["prompts"], _reward(about["source"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{folder / 'curve.json'} is damaged: expected what bestofn writes ({error!r})"
+        ) from error
+    records = read_lines(folder / "samples.jsonl")
     if not records or "gold" not in records[0]:
         return []
-    if len(records) % n or len(records) != n * about["prompts"]:
+    if len(records) != n * prompts:
         raise RunError(
-            f"{folder / 'samples.jsonl'}: expected {about['prompts']} x {n} answers, got "
-            f"{len(records)}"
+            f"{folder / 'samples.jsonl'}: expected {prompts} x {n} answers, got {len(records)}"
         )
 
     def column(key: str) -> Tensor:
         found = torch.tensor([record[key] for record in records], dtype=torch.float64)
         return found.reshape(-1, n, *found.shape[1:])
 
-    gold, reward = column("gold"), _reward(about["source"])
+    gold = column("gold")
     proxies = {reward["statistic"]: [column("reward")]}
     if reward.get("n_heads", 1) > 1:
         heads, coef = column("heads"), reward["coef"]

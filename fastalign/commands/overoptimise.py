@@ -21,6 +21,7 @@ import torch
 from fastalign.commands import courses
 from fastalign.train import repeat, strict_json
 from fastalign.train.folder import claim_folder, clear_folder
+from fastalign.train.whole import write_text
 
 log = logging.getLogger("fastalign")
 FILE = "over_optimisation.json"
@@ -41,6 +42,7 @@ class OveroptimiseConfig:
 
 def run(config: OveroptimiseConfig) -> Path:
     """Reads the runs, measures and draws; the folder of the results."""
+    from fastalign.report.files import write_atomically
     from fastalign.report.over_optimisation import COLUMNS, plots, rows_of_drops
 
     found: dict[str, Any] = courses.read(Path(config.runs))
@@ -49,10 +51,10 @@ def run(config: OveroptimiseConfig) -> Path:
     if config.overwrite:
         clear_folder(folder)
     found |= repeat.facts(torch.device("cpu"))
-    (folder / FILE).write_text(strict_json.dumps(found, indent=1) + "\n")
+    write_text(folder / FILE, strict_json.dumps(found, indent=1) + "\n")
     for plot in plots(found):
         for name, content in plot.files.items():
-            (folder / name).write_bytes(content)
+            write_atomically(folder / name, content)
     for title, kind in (("along training", "runs"), ("best-of-n", "best_of_n")):
         for row in rows_of_drops(found[kind]):
             told = ", ".join(f"{k} {v}" for k, v in zip(COLUMNS[2:-1], row[2:-1], strict=True))

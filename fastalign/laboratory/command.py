@@ -26,6 +26,7 @@ from fastalign.laboratory.source import SOURCES, Source
 from fastalign.streams import stream
 from fastalign.train import repeat, strict_json
 from fastalign.train.run import RunError, at_least, claim_folder, clear_folder, write_config
+from fastalign.train.whole import write_text
 
 log = logging.getLogger("fastalign")
 
@@ -89,7 +90,7 @@ def run(config: LaboratoryConfig) -> Path:
     found["sources"] = []
     for name in chosen("source", config.source, list(SOURCES)):
         found["sources"].append(examine(SOURCES[name](config.m), config, folder / name))
-        (folder / RESULT).write_text(strict_json.dumps(found, indent=1) + "\n")
+        write_text(folder / RESULT, strict_json.dumps(found, indent=1) + "\n")
     for kind in ("svg", "png"):
         draw(found, folder / f"laboratory.{kind}")
     for one in found["sources"]:

@@ -164,14 +164,13 @@ def _root(x: np.ndarray) -> np.ndarray:
 def _draw(axis: Axes, course: Course) -> None:
     """One course: proxy, gold, and where gold was highest."""
     window = course.get("window", 1)
-    kl = np.array(course["kl"])
-    at = running_mean(kl.tolist(), window).numpy()
+    at = _smooth(course, "kl")
     for name, colour in (("proxy", BLUE), ("gold", AMBER)):
         rise = risen(course, name)
         if window > 1:
-            axis.plot(kl, rise, color=colour, lw=0.6, alpha=0.3)
+            axis.plot(course["kl"], rise, color=colour, lw=0.6, alpha=0.3)
         axis.plot(at, running_mean(rise, window).numpy(), color=colour, lw=1.7)
-    best = course["peak_at"] - window // 2
+    best = _best(course)
     top = running_mean(risen(course, "gold"), window).numpy()[best]
     axis.plot(at[best], top, "o", ms=6, mfc="white", mec=AMBER, mew=1.4, clip_on=False, zorder=3)
     axis.axhline(0, color=RULE, lw=0.8, zorder=0)
@@ -181,6 +180,16 @@ def risen(course: Course, name: str) -> list[float]:
     """A reward's rise over where it began, in its standard deviations there."""
     unit = course[f"{name}_std"] or 1.0
     return [(value - course[f"{name}_start"]) / unit for value in course[name]]
+
+
+def _smooth(course: Course, name: str) -> np.ndarray:
+    """Means of `window` rounds, as gold's maximum and end are."""
+    return running_mean(course[name], course.get("window", 1)).numpy()
+
+
+def _best(course: Course) -> int:
+    """Which of these means has gold's maximum."""
+    return int(course["peak_at"]) - course.get("window", 1) // 2
 
 
 def _say(axis: Axes, courses: list[Course]) -> None:
@@ -243,8 +252,9 @@ def _mean(courses: list[Course], name: str) -> float:
 def _drops(key: tuple[str, str], courses: list[Course]) -> list[str]:
     errors = [c["drop_stderr"] for c in courses]
     error = None if None in errors else math.sqrt(sum(e**2 for e in errors)) / len(errors)
-    peak_kl = float(np.mean([c["kl"][c["peak_at"]] for c in courses]))
-    last_kl = float(np.mean([c["kl"][-1] for c in courses]))
+    kls = [_smooth(c, "kl") for c in courses]
+    peak_kl = float(np.mean([kl[_best(c)] for kl, c in zip(kls, courses, strict=True)]))
+    last_kl = float(np.mean([kl[-1] for kl in kls]))
     over = sum(map(clear, courses))
     verdict = "falls" if over == len(courses) else f"falls in {over}" if over else "no clear fall"
     return [

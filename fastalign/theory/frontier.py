@@ -63,6 +63,8 @@ class Reweighted:
     kl_se: float
     log_z_se: float
     """Of the mean of ``log_z``, root mean square: for P > 1 with its bias."""
+    log_z_bias: float
+    """By which ``log_z`` is too small on average, (1 / ESS - 1 / N) / 2."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,14 +161,14 @@ def reweight(rewards: Tensor, alpha: float) -> Reweighted:
     variance = float((share * centred.square()).sum(1).mean())
     inverse_ess = share.square().sum(1)
     log_z, kl = log_mean + alpha * top, alpha * mean - log_mean
+    bias = 0.5 * max(0.0, float(inverse_ess.mean()) - 1.0 / total)
     if prompts > 1:
         kl_se = float(kl.std()) / math.sqrt(prompts)
-        bias = 0.5 * max(0.0, float(inverse_ess.mean()) - 1.0 / total)
         log_z_se = math.hypot(float(log_z.std()) / math.sqrt(prompts), bias)
     else:
         influence = alpha * total * share * centred - (total * share - 1.0)
         kl_se = float(influence.square().sum().sqrt()) / total
-        log_z_se = math.sqrt(max(0.0, float(inverse_ess) - 1.0 / total))
+        log_z_se = math.sqrt(2.0 * bias)
     return Reweighted(
         alpha=alpha,
         log_z=log_z[:, 0],
@@ -176,6 +178,7 @@ def reweight(rewards: Tensor, alpha: float) -> Reweighted:
         ess=1.0 / float(inverse_ess.mean()),
         kl_se=kl_se,
         log_z_se=log_z_se,
+        log_z_bias=bias,
     )
 
 

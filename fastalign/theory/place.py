@@ -8,7 +8,11 @@ tangents to it, of which a curve has one for each point. Between two points of a
 least of them is too high by at most about a thousandth of what the whole curve gains. The error of
 alpha does not count, so that, with errors of frontier, KL and reward that are independent,
 
-    se(regret)^2 = se(frontier's reward)^2 + (se(KL) / alpha)^2 + se(reward)^2.
+    se(regret)^2 = se(frontier's reward)^2 + (what se(KL) changes)^2 + se(reward)^2.
+
+What se(KL) changes is se(KL) / alpha where the frontier is straight within that error. Near a KL of
+0 it is not, and rises upright at 0 itself: so it is the most that the frontier's reward changes
+from the KL to the KL +- se(KL).
 
 Where the policy answered the prompts of the curve, and where its reward is high for the prompts
 that have a high KL, this is too large rather than too small.
@@ -25,6 +29,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastalign.theory.checks import number
 from fastalign.theory.frontier import Frontier
@@ -73,14 +78,20 @@ def place(
         raise ValueError(f"{op}: expected a curve with points, got none with a finite reward")
     alpha, kls = curve.alpha[trusted], curve.kl[trusted]
     rewards, errors = curve.reward[trusted], curve.reward_se[trusted]
-    gap = kl - kls
-    # The tangent at alpha = 0 is upright: it bounds a KL of 0 and nothing else.
-    lines = torch.where(gap == 0, rewards, rewards + gap / alpha)
-    lines = lines.masked_fill((alpha == 0) & (gap != 0), math.inf)
+
+    def tangents(at: float) -> Tensor:
+        gap = at - kls
+        # The tangent at alpha = 0 is upright: it bounds a KL of 0 and nothing else.
+        lines = torch.where(gap == 0, rewards, rewards + gap / alpha)
+        return lines.masked_fill((alpha == 0) & (gap != 0), math.inf)
+
+    lines = tangents(kl)
     best = int(lines.argmin())
-    slope = 1.0 / float(alpha[best]) if alpha[best] > 0 else 0.0
-    at_most = float(lines[best]) - reward
-    se = math.hypot(float(errors[best]), slope * kl_se, reward_se)
+    top = float(lines[best])
+    near = [float(tangents(at).min()) for at in (max(0.0, kl - kl_se), kl + kl_se)]
+    by_kl = max(abs(other - top) for other in near)
+    at_most = top - reward
+    se = math.hypot(float(errors[best]), by_kl, reward_se)
     is_past_end = kl > float(kls[-1]) * (1 + 1e-9)
     at_least, at_least_se = at_most, se
     if is_past_end:
@@ -93,7 +104,7 @@ def place(
         at_least_se=at_least_se,
         at_most=at_most,
         at_most_se=se,
-        frontier_reward=math.nan if is_past_end else float(lines[best]),
+        frontier_reward=math.nan if is_past_end else top,
         alpha=float(alpha[best]),
         is_past_end=is_past_end,
     )

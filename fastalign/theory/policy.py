@@ -21,7 +21,8 @@ and the error of alpha does not count (fastalign/theory/frontier.py), so that
     se^2 = [(1 / ESS - 1 / N) + var(KL_j - alpha r_j) / M] / alpha^2
 
 for N samples of the base and M responses to one prompt; for P prompts it is the variance over
-prompts of (log Z_x + KL_x) / alpha - r_x, over P.
+prompts of (log Z_x + KL_x) / alpha - r_x, over P, plus the square of the bias that log Z has,
+(1 / ESS - 1 / N) / (2 alpha), which more prompts do not make smaller.
 
 Source: J. Schulman, "Approximating KL Divergence" (2020), for k1 and k3; arXiv 2404.01730, Lemmas 1
 and 2. Tests: tests/test_theory_policy.py.
@@ -176,7 +177,7 @@ def regret_from_samples(base_rewards: Tensor, rewards: Tensor, kl: Tensor) -> Sa
     alpha = point.alpha
     per_prompt = (point.log_z + kl.mean(1)) / alpha - rewards.mean(1)
     if prompts > 1:
-        se = float(per_prompt.std()) / math.sqrt(prompts)
+        se = math.hypot(float(per_prompt.std()) / math.sqrt(prompts), point.log_z_bias / alpha)
     else:
         own = kl[0] / alpha - rewards[0]
         variance = float(own.var()) / len(own) if len(own) > 1 else math.nan
