@@ -230,6 +230,10 @@ def test_bad_files(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluation.json").write_text("{}")
     good = scored(tmp_path / "good.jsonl")
+    text = good.read_text()
+    good.write_text(text.replace('"prompt": "', '"prompt": "\u2028\x85'), encoding="utf-8")
+    assert good.read_text(encoding="utf-8") != text
+    assert said(good).endswith("already in use; choose another --output, or --overwrite\n")
     assert "is damaged or holds no before" in said(good, "--overwrite", "--runs", tmp_path / "run")
 
 

@@ -13,11 +13,14 @@ from small_models import rollouts, save_ensemble, tokenizer
 from torch import Tensor
 
 from fastalign.data.packing import pack
+from fastalign.data.tokens import TokenizedCompletion
 from fastalign.errors import UserError
 from fastalign.models import RewardEnsemble
 from fastalign.models.flops import forward_flops
 from fastalign.models.full_ensemble import FullEnsemble
 from fastalign.train.critic import make_critic
+from fastalign.train.labels import Scorer
+from fastalign.train.meter import Meter
 from fastalign.train.reward_source import RewardSource, make_reward
 from fastalign.train.run import RunError
 
@@ -110,3 +113,19 @@ def test_what_does_not_go_together(folders: list[str], tmp_path: Path) -> None:
     asked = SimpleNamespace(critic="reward", reward="+".join(folders), policy="runs/sft/model")
     with pytest.raises(RunError, match="one reward model, and --reward .* has 3 with an encoder"):
         make_critic(asked, None, tokenizer(), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_labels_count_a_prompt_that_passes_share_once(folders: list[str]) -> None:
+    """Four answers of two tokens to one prompt of eight, in one pass of a model and the next."""
+    prompt = list(range(2, 10))
+    examples = [TokenizedCompletion(prompt, [2 + i, 1], None) for i in range(4)]
+    reward = source("+".join(folders[:2]), statistic="mean", coef=1.0)
+    assert reward.ensemble is not None and reward.shares_prompts
+    for share, own, before in ((True, [10, 2, 2, 2], [0, 8, 8, 8]), (False, [10] * 4, [0] * 4)):
+        reward.ensemble.shares_prompts = share
+        for model in reward.ensemble.members:
+            model.shares_prompts = share
+        meter = Meter(torch.device("cpu"), torch.float32)
+        Scorer(reward, tokenizer()).label(examples, meter)
+        one = forward_flops(reward.ensemble.members[0], own, 4, before)
+        assert meter.totals["score"].flops == 2 * one

@@ -251,8 +251,12 @@ def test_a_study(study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "along training, min, 4 heads, one encoder: max gold 2.54, at KL 19.0, final" in said
     assert "along training, min, 3 models: max gold 2.34" in said and "no clear fall" in said
     assert re.search("single head, one model: .*; falls", said)
-    with pytest.raises(RunError, match="is not empty|already"):
+    with pytest.raises(RunError, match="choose another --output, or --overwrite$"):
         overoptimise.run(overoptimise.OveroptimiseConfig(str(study), str(tmp_path / "o")))
+    (folder / "over-optimisation.svg").unlink()
+    (folder / "old").mkdir()
+    overoptimise.run(overoptimise.OveroptimiseConfig(str(study), str(tmp_path / "o"), True))
+    assert (folder / "over-optimisation.svg").exists() and not (folder / "old").exists()
 
 
 def test_what_the_page_says(study: Path) -> None:

@@ -1,6 +1,7 @@
 """`fastalign score`: what is written, what reads it, what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -50,6 +51,19 @@ def test_what_is_written_is_what_training_would_compute(road, tmp_path):
     assert [e.completion for e in again.train.examples] == [
         e.completion for e in data.train.examples
     ]
+
+
+def test_several_models_as_one(road, tmp_path):
+    """Whose tokenizer is that of each."""
+    one, file = road / "reward" / "model", tmp_path / "scores.jsonl"
+    other = shutil.copytree(one, tmp_path / "other")
+    for reward in (one, f"{one}+{other}"):
+        run(ScoreConfig(reward=str(reward), limit=3, output=str(file), overwrite=True))
+        if reward == one:
+            alone = read(file)
+    for line, expected in zip(read(file), alone, strict=True):
+        assert line["heads"] == pytest.approx(expected["heads"] * 2, abs=100 * FLOAT32)
+        assert line["reward"] == pytest.approx(expected["reward"], abs=100 * FLOAT32)
 
 
 def test_gold_to_the_screen(road, capsys):

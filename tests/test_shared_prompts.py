@@ -140,6 +140,22 @@ def test_a_prompts_sequences_go_to_one_process():
     assert one == [[Micro([0, 2, 4, 1, 5]), Micro([3, 6])]]
 
 
+def test_a_plan_looks_at_each_sequence_a_few_times():
+    """And not once for every prompt: a million times here."""
+
+    class Counted(list[int]):
+        looked = 0
+
+        def __getitem__(self, i: Any) -> Any:
+            Counted.looked += 1
+            return super().__getitem__(i)
+
+    asked = Prompts(Counted(range(1000)), [3] * 1000)
+    (plan,) = plan_micros(range(1000), [5] * 1000, 50, 1, asked)
+    assert [micro.rows for micro in plan] == [list(range(k, k + 10)) for k in range(0, 1000, 10)]
+    assert 1000 <= Counted.looked <= 20_000
+
+
 # --- attention ------------------------------------------------------------------------------------
 
 PROMPT_SIZES = [3, 1, TOGETHER, 1, 40]

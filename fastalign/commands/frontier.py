@@ -135,7 +135,7 @@ def run(config: FrontierConfig) -> Path:
     from fastalign.report.frontier import picture, placed
 
     folder = Path(config.output)
-    claim_folder(folder, overwrite=config.overwrite)
+    claim_folder(folder, overwrite=config.overwrite, resumable=False)
     evaluations = read_runs(config.runs)
     facts: dict[str, Any] = {"base": config.base}
     if config.base is None:
@@ -191,7 +191,8 @@ def read_samples(path: Path, output: Path) -> tuple[list[dict[str, Any]], dict[s
     if output.resolve() in file.resolve().parents:
         raise RunError(f"--samples: {file} lies in the output folder {output}; choose another")
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not `splitlines`: text may hold U+2028, a line's end to Python and to nobody else.
+    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

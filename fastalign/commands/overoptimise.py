@@ -20,7 +20,7 @@ import torch
 
 from fastalign.commands import courses
 from fastalign.train import repeat, strict_json
-from fastalign.train.folder import claim_folder, clear_folder
+from fastalign.train.folder import claim_folder, clear_folder, write_config
 from fastalign.train.whole import write_text
 
 log = logging.getLogger("fastalign")
@@ -47,9 +47,10 @@ def run(config: OveroptimiseConfig) -> Path:
 
     found: dict[str, Any] = courses.read(Path(config.runs))
     folder = Path(config.output)
-    claim_folder(folder, overwrite=config.overwrite)
+    claim_folder(folder, overwrite=config.overwrite, resumable=False)
     if config.overwrite:
         clear_folder(folder)
+    write_config(folder, config)
     found |= repeat.facts(torch.device("cpu"))
     write_text(folder / FILE, strict_json.dumps(found, indent=1) + "\n")
     for plot in plots(found):

@@ -106,7 +106,7 @@ def tokenizer_of(config: ScoreConfig) -> str:
     if config.reward != GOLD:
         for entry in parse_reward(config.reward):
             if entry.function is None:
-                return entry.path
+                return entry.folders[0]  # the others are checked against it
     raise RunError(f"--reward {config.reward} has no tokenizer of its own: give --tokenizer")
 
 

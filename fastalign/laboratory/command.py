@@ -82,7 +82,7 @@ def run(config: LaboratoryConfig) -> Path:
     from fastalign.laboratory.picture import draw
 
     folder = Path(config.output)
-    claim_folder(folder, overwrite=config.overwrite)
+    claim_folder(folder, overwrite=config.overwrite, resumable=False)
     if config.overwrite:
         clear_folder(folder)
     write_config(folder, config)

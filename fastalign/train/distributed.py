@@ -207,9 +207,11 @@ def plan_micros(
     if prompts is not None:
         together = batches_of(batch, lengths, sum(lengths[i] for i in batch), prompts)
         room = min(budget, -(-sum(held(together, lengths, prompts)[0]) // size))
-        numbers = dict.fromkeys(prompts.ids[i] for i in batch)
-        of_prompt = ([i for i in batch if prompts.ids[i] == number] for number in numbers)
-        pieces = [p for rows in of_prompt for p in batches_of(rows, lengths, room, prompts)]
+        of_prompt: dict[int, list[int]] = {}
+        for i in batch:
+            of_prompt.setdefault(prompts.ids[i], []).append(i)
+        groups = of_prompt.values()
+        pieces = [p for rows in groups for p in batches_of(rows, lengths, room, prompts)]
     place = {i: k for k, i in enumerate(batch)}
     plans = []
     for taken in shares([sum(held([piece], lengths, prompts)[0]) for piece in pieces], size):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastalign import losses
 from fastalign.data import source
+from fastalign.data.packing import held, same_prompts, token_budget_batches
 from fastalign.data.tokens import TokenizedCompletion
 from fastalign.models import Policy, load_tokenizer
 from fastalign.ops.reduce_scores import STATISTICS
@@ -132,7 +133,10 @@ class Scorer:
         with meter.phase("score"):
             scored = self.reward.score(rollouts, prompts, responses)
             lengths = [len(e.prompt) + len(e.completion) for e in examples]
-            meter.count(flops=self.reward.flops(lengths))
+            share = self.reward.shares_prompts
+            asked = same_prompts(e.prompt for e in examples) if share else None
+            passes = token_budget_batches(lengths, self.reward.micro_tokens, prompts=asked)
+            meter.count(flops=self.reward.flops(*held(passes, lengths, asked)))
         return Labels(scored.total.double(), scored.scores)
 
 
