@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -128,6 +129,7 @@ def check_words() -> Any:
     """Each of the small exchanges, with numbers that tell the processes apart."""
     from fastalign.data.packing import pack
     from fastalign.train import distributed
+    from fastalign.train.experience import Collector
 
     here = distributed.world()
     summed = distributed.total(torch.tensor([1.0, 10.0 * here.rank]))
@@ -162,6 +164,18 @@ def check_words() -> Any:
         distributed.on_main(fail)
     except UserError as wrong:
         error = str(wrong)
+    one_is_wrong = ""
+    engine: Any = SimpleNamespace(sync=lambda: None)
+
+    class Broken(Collector):
+        def _collect(self, *args: Any) -> Any:
+            if here.rank == 1:
+                raise UserError("of the second process")
+
+    try:
+        Broken(*[engine] * 8).collect([[1], [2]], ["", ""], 1)
+    except UserError as wrong:
+        one_is_wrong = str(wrong)
     return {
         "summed": summed.tolist(),
         "lists": lists,
@@ -173,6 +187,7 @@ def check_words() -> Any:
         "split": [value for value, _ in both],
         "split by": [rank for _, rank in both],
         "error": error,
+        "one is wrong": one_is_wrong,
     }
 
 

@@ -118,6 +118,7 @@ def test_two_processes_talk(folder: Path) -> None:
         "split": [0, 10, 20, 30, 40],
         "split by": [0, 1, 0, 1, 0],
         "error": "of the main process",
+        "one is wrong": "of the second process",
     }
 
 

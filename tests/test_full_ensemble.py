@@ -120,11 +120,9 @@ def test_labels_count_a_prompt_that_passes_share_once(folders: list[str]) -> Non
     prompt = list(range(2, 10))
     examples = [TokenizedCompletion(prompt, [2 + i, 1], None) for i in range(4)]
     reward = source("+".join(folders[:2]), statistic="mean", coef=1.0)
-    assert reward.ensemble is not None and reward.shares_prompts
+    assert isinstance(reward.ensemble, FullEnsemble) and reward.shares_prompts
     for share, own, before in ((True, [10, 2, 2, 2], [0, 8, 8, 8]), (False, [10] * 4, [0] * 4)):
         reward.ensemble.shares_prompts = share
-        for model in reward.ensemble.members:
-            model.shares_prompts = share
         meter = Meter(torch.device("cpu"), torch.float32)
         Scorer(reward, tokenizer()).label(examples, meter)
         one = forward_flops(reward.ensemble.members[0], own, 4, before)

@@ -130,26 +130,42 @@ def on_main(action: Callable[[], T]) -> T:
     Raises:
         UserError, OSError: the main process's, in every process.
     """
-    error: UserError | OSError | None = None
-    result: Any = None
-    if world().is_main:
-        try:
-            result = action()
-        except (UserError, OSError) as wrong:
-            if world().size == 1:
-                raise
-            error = wrong
-    error, result = from_main((error, result))
+    tried: tuple[Any, Any] = _tried(action) if world().is_main else (None, None)
+    error, result = from_main(tried)
     if error is not None:
         raise error
     return result
 
 
+def of_all(action: Callable[[], T]) -> list[T]:
+    """What every process gets from `action`, by rank, in every process. The results are pickled.
+
+    Raises:
+        UserError, OSError: the first process's that has one, in every process: none waits for one
+            that is gone, and the main process says what is wrong.
+    """
+    found = [one for (one,) in gather([_tried(action)])]
+    for error, _ in found:
+        if error is not None:
+            raise error
+    return [result for _, result in found]
+
+
+def _tried(action: Callable[[], Any]) -> tuple[UserError | OSError | None, Any]:
+    """What is wrong, and the result; one process alone raises at once."""
+    try:
+        return None, action()
+    except (UserError, OSError) as wrong:
+        if world().size == 1:
+            raise
+        return wrong, None
+
+
 def split(action: Callable[[T], S], items: Sequence[T]) -> list[S]:
     """`action` of every item, each done by one process; the results, in every process. No sharded
-    weights may be used."""
+    weights may be used. Errors are `of_all`'s."""
     here = world()
-    found = gather([action(item) for item in items[here.rank :: here.size]])
+    found = of_all(lambda: [action(item) for item in items[here.rank :: here.size]])
     return [found[i % here.size][i // here.size] for i in range(len(items))]
 
 

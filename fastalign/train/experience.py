@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -206,6 +206,7 @@ class Collector:
 
         Raises:
             RunError: fewer prompts than processes.
+            Stopped: see `RewardSource.score`; in all processes, whichever one's share it was in.
         """
         self.engine.sync()
         here = distributed.world()
@@ -215,8 +216,8 @@ class Collector:
                 "once: give more prompts, or take fewer processes"
             )
         share = slice(here.rank, None, here.size)
-        own = self._collect(prompts[share], texts[share], n_samples, meter)
-        found = merged([p for (p,) in distributed.gather([own])]) if here.size > 1 else own
+        own = partial(self._collect, prompts[share], texts[share], n_samples, meter)
+        found = merged(distributed.of_all(own)) if here.size > 1 else own()
         if meter is not None:
             self._count(meter, found)
         return found
