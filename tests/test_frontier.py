@@ -12,6 +12,7 @@ import torch
 from test_cli import fastalign
 
 from fastalign.commands import frontier as command
+from fastalign.commands.frontier import read_samples
 from fastalign.theory import for_kl_budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,11 +231,17 @@ def test_bad_files(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluation.json").write_text("{}")
     good = scored(tmp_path / "good.jsonl")
-    text = good.read_text()
-    good.write_text(text.replace('"prompt": "', '"prompt": "\u2028\x85'), encoding="utf-8")
-    assert good.read_text(encoding="utf-8") != text
     assert said(good).endswith("already in use; choose another --output, or --overwrite\n")
     assert "is damaged or holds no before" in said(good, "--overwrite", "--runs", tmp_path / "run")
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """Other programs write U+2028 and U+0085 as they are."""
+    samples = scored(tmp_path / "s.jsonl", [("a", 1.0, 2)])
+    text = samples.read_text().replace('"prompt": "', '"prompt": "\u2028\x85')
+    samples.write_text(text, encoding="utf-8")
+    records, _ = read_samples(samples, tmp_path / "out")
+    assert [record["prompt"] for record in records] == ["\u2028\x85a"] * 2
 
 
 def test_of_a_model(road: Path, tmp_path: Path, capsys: Any) -> None:
