@@ -192,7 +192,9 @@ def read_samples(path: Path, output: Path) -> tuple[list[dict[str, Any]], dict[s
         raise RunError(f"--samples: {file} lies in the output folder {output}; choose another")
     records = []
     # Not `splitlines`: text may hold U+2028, a line's end to Python and to nobody else.
-    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
