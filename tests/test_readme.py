@@ -169,7 +169,12 @@ def test_every_command_and_make_target_is_there() -> None:
     for target in targets:
         assert re.search(rf"^{target}: .*## ", makefile, re.MULTILINE)
     assert "fastalign quickstart --output runs/quickstart" in makefile
-    others = [line for line in COMMANDS if not line.startswith(("make ", "fastalign "))]
+    measured = [shlex.split(line) for line in COMMANDS if line.startswith("python -m benchmarks.")]
+    for words in measured:  # each result lies where the command puts it, and says which made it
+        result = json.loads((ROOT / words[words.index("--out") + 1]).read_text())
+        made = set(shlex.split(result["machine"]["command"]))
+        assert set(words) <= made, made
+    others = [line for line in COMMANDS if not line.startswith(("make ", "fastalign ", "python "))]
     assert others == ["pip install --no-build-isolation ."]
 
 
