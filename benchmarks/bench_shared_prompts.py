@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import train_task
 from benchmarks.timing import Run, arguments, medians, report, share
@@ -58,17 +57,7 @@ def _tokens(draw: random.Random, n: int, size: train_task.Size) -> list[int]:
 
 def policy(size: train_task.Size, device: str, dtype: torch.dtype) -> Policy:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=size.vocab,
-        hidden_size=size.hidden,
-        intermediate_size=size.feed_forward,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        max_position_embeddings=size.max_length,
-        tie_word_embeddings=size.tied,
-    )
-    return Policy(LlamaForCausalLM(config)).to(device, dtype)
+    return Policy(size.model()).to(device, dtype)
 
 
 def step(

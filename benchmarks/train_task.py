@@ -32,6 +32,26 @@ class Size:
     new_tokens: int
     """Longest response where responses are sampled."""
 
+    def model(self) -> Any:
+        """Random weights by torch's seed."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=self.vocab,
+                hidden_size=self.hidden,
+                intermediate_size=self.feed_forward,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.kv_heads,
+                max_position_embeddings=self.max_length,
+                tie_word_embeddings=self.tied,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        )
+
 
 SIZES = {
     "tiny": Size(64, 2, 4, 4, 128, 512, True, 128, 4, 8),
@@ -55,7 +75,7 @@ def write(folder: Path, size: Size, steps: int, seed: int = 0) -> None:
     """Model, tokenizer, and JSONL data for `steps` steps, in a folder both trainers read."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = size.vocab - len(SPECIAL)
     vocab = {name: i for i, name in enumerate([*SPECIAL, *(f"w{i}" for i in range(words))])}
@@ -65,21 +85,7 @@ def write(folder: Path, size: Size, steps: int, seed: int = 0) -> None:
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=size.vocab,
-            hidden_size=size.hidden,
-            intermediate_size=size.feed_forward,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            num_key_value_heads=size.kv_heads,
-            max_position_embeddings=size.max_length,
-            tie_word_embeddings=size.tied,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
+    model = size.model()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
