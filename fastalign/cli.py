@@ -74,11 +74,16 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def fail(message: str, status: int = 2) -> NoReturn:
-    """One line on standard error, and the end; of several processes only the main one speaks."""
+def say(message: str) -> None:
+    """One line on standard error; of several processes only the main one speaks."""
     if os.environ.get("RANK", "0") == "0":
         print(f"fastalign: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(status)
+
+
+def fail(message: str) -> NoReturn:
+    """What is wrong with the command line, in one line, and the end."""
+    say(message)
+    raise SystemExit(2)
 
 
 def choose_command(argv: list[str]) -> tuple[str, list[str]]:
@@ -258,6 +263,7 @@ def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
     from fastalign.train.distributed import finish
     from fastalign.train.run import Interrupted, Stopped
 
+    status = 0
     try:
         function(config)
         if name.startswith("train ") and os.environ.get("RANK", "0") == "0":
@@ -265,16 +271,21 @@ def run_command(name: str, function: Callable[[Any], Any], config: Any) -> None:
 
             logging.getLogger("fastalign").info("report: %s", conclude(Path(config.output)))
     except Interrupted as stop:
-        fail(f"{name}: {stop}", 128 + stop.number)
+        status = 128 + stop.number
+        say(f"{name}: {stop}")
     except KeyboardInterrupt:
-        fail(f"{name}: stopped at once; the last checkpoint stays", 130)
+        status = 130
+        say(f"{name}: stopped at once; the last checkpoint stays")
     except UserError as error:
-        text = str(error).removeprefix(f"{name}: ")
-        fail(f"{name}: {text}", 1 if isinstance(error, Stopped) else 2)
+        status = 1 if isinstance(error, Stopped) else 2
+        say(f"{name}: {str(error).removeprefix(f'{name}: ')}")
     except OSError as error:
+        status = 1
         place = f": {error.filename}" if error.filename else ""
-        fail(f"{name}: {error.strerror or error}{place}", 1)
-    finish()
+        say(f"{name}: {error.strerror or error}{place}")
+    finish(status)
+    if status:
+        raise SystemExit(status)
 
 
 def quiet_libraries() -> None:

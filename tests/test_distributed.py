@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -261,4 +262,5 @@ def test_two_processes_say_what_is_wrong_once(tmp_path: Path) -> None:
     argv = ["-m", "fastalign", "train", "sft", "--output", str(tmp_path / "used")]
     done = torchrun(2, argv, timeout=600)
     assert done.returncode != 0
+    assert re.search(r"exitcode *: 2 ", done.stderr), done.stderr
     assert done.stderr.count("is already in use; choose another --output") == 1

@@ -17,6 +17,7 @@ import sys
 import torch
 import torch.distributed as dist
 from fastalign.ops import whiten
+from fastalign.train.distributed import finish
 from fastalign.train.moments import RunningMoments
 
 torch.set_num_threads(1)
@@ -42,7 +43,7 @@ try:
 except ValueError as error:
     results["error"] = str(error)
 torch.save(results, f"{folder}/rank{rank}.pt")
-dist.destroy_process_group()
+finish()
 """
 
 

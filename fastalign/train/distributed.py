@@ -68,18 +68,20 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
-def finish() -> None:
+def finish(status: int = 0) -> None:
     """Parts again, at the end of a command; the process of one of several ends here.
 
-    It ends without the interpreter's own teardown: gloo's threads live as long as a device mesh is
-    cached somewhere, and one that lets go of a tensor of Python's during the teardown aborts the
-    process (`terminate called without an active exception`) after all its work is done.
+    It ends without the interpreter's own teardown: gloo's threads live as long as anything holds a
+    process group (a device mesh, cached somewhere), and one that lets go of a tensor of Python's
+    during the teardown aborts the process (`terminate called without an active exception`) after
+    all its work is done. One that failed does not wait for the others: torchrun ends them.
     """
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        if status == 0:
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 def barrier() -> None:
