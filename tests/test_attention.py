@@ -1,11 +1,11 @@
 """Packed attention: a pack gives what a padded batch gives, and its sequences do not meet."""
 
-import sys
 import types
 from typing import Any
 
 import pytest
 import torch
+from ragged_kernels import STAND_INS, install
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
 from fastalign.data.packing import pack
@@ -246,86 +246,14 @@ def test_every_kernel_that_is_there_equals_sequences_alone(name, dtype, kv_heads
         compare(ragged(4, kv_heads, dtype, "cuda"), causal)
 
 
-def by_rows(q, k, v, cu, causal, scale):
-    """What a ragged kernel computes: [N, heads, d], any number of heads of keys and values."""
-    out = []
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
-        if causal:
-            scores = scores.masked_fill(~torch.ones(b - a, b - a).tril().bool(), -torch.inf)
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
-    return torch.cat(out)
-
-
-def varlen_now(
-    query,
-    key,
-    value,
-    cu_seq_q,
-    cu_seq_k,
-    max_q,
-    max_k,
-    *,
-    scale=None,
-    window_size=(-1, -1),
-    enable_gqa=False,
-):
-    assert enable_gqa is (query.shape[1] != key.shape[1])
-    assert (max_q, max_k) == (130, 130) and torch.equal(cu_seq_q, cu_seq_k)
-    return by_rows(query, key, value, cu_seq_q, window_size == (-1, 0), scale)
-
-
-def varlen_before(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-    assert query.shape == key.shape and (max_q, max_k) == (130, 130)
-    return by_rows(query, key, value, cu_seq_q, is_causal, query.shape[-1] ** -0.5)
-
-
-def flash(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    *,
-    softmax_scale=None,
-    causal=False,
-):
-    assert (max_seqlen_q, max_seqlen_k) == (130, 130) and cu_seqlens_q is cu_seqlens_k
-    return by_rows(q, k, v, cu_seqlens_q, causal, softmax_scale)
-
-
-def flash_with_lse(*args, **options):
-    return flash(*args, **options), torch.zeros(1)
-
-
-STAND_INS: dict[str, Any] = {
-    "varlen": ("torch.nn.attention.varlen", varlen_now),
-    "varlen before": ("torch.nn.attention.varlen", varlen_before),
-    "flash2": ("flash_attn", flash),
-    "flash4": ("flash_attn.cute", flash),
-    "flash4 with lse": ("flash_attn.cute", flash_with_lse),
-}
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("name", STAND_INS)
 def test_what_ragged_kernels_are_given(monkeypatch, name, kv_heads, causal):
-    """They need CUDA; a function with the signature of each stands in for it here."""
-    module, stand_in = STAND_INS[name]
-    name = name.split()[0]
-    if name == "varlen":
-        monkeypatch.setattr(f"{module}.varlen_attn", stand_in)
-    else:
-        for part in ("flash_attn", "flash_attn.cute"):
-            made = types.ModuleType(part)
-            if part == module:
-                made.flash_attn_varlen_func = stand_in  # type: ignore[attr-defined]
-            monkeypatch.setitem(sys.modules, part, made)
-    monkeypatch.setattr(attention_kernels, "chosen", lambda query, dropout: name)
+    def check(cu_q, cu_k, max_q, max_k):
+        assert (max_q, max_k) == (130, 130) and torch.equal(cu_q, cu_k)
+
+    install(monkeypatch, name, check)
     compare(ragged(4, kv_heads), causal)
 
 

@@ -1,12 +1,11 @@
 """Packs that hold a prompt once, batches and passes that count it so, and attention to it."""
 
 import random
-import sys
-import types
 from typing import Any
 
 import pytest
 import torch
+from ragged_kernels import STAND_INS, install
 
 from fastalign.data.packing import (
     Prompts,
@@ -16,7 +15,6 @@ from fastalign.data.packing import (
     same_prompts,
     token_budget_batches,
 )
-from fastalign.models import attention_kernels
 from fastalign.models.attention import NotCausal, packed_attention
 from fastalign.models.attention_kernels import KERNELS, TOGETHER, installed, using
 from fastalign.testing import assert_no_worse
@@ -274,64 +272,13 @@ def test_alike_answers_share_a_call_and_masks_are_of_answers(monkeypatch):
     ]
 
 
-def by_rows(q, k, v, cu_q, cu_k, causal, scale):
-    """What a ragged kernel computes, the last query at the last key."""
-    out = []
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    bounds = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
-    for a, b, c, d in bounds:
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
-        if causal:
-            seen = torch.ones(b - a, d - c).tril(d - c - (b - a)).bool()
-            scores = scores.masked_fill(~seen, -torch.inf)
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:d]))
-    return torch.cat(out)
-
-
-LONGEST = TOGETHER + 5, TOGETHER + 30
-"""Of what a sequence holds, and of what it reads."""
-
-
-def varlen_now(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    assert enable_gqa is (q.shape[1] != k.shape[1]) and (max_q, max_k) == LONGEST
-    return by_rows(q, k, v, cu_q, cu_k, window_size == (-1, 0), scale)
-
-
-def varlen_before(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
-    assert q.shape[1:] == k.shape[1:] and (max_q, max_k) == LONGEST
-    return by_rows(q, k, v, cu_q, cu_k, is_causal, q.shape[-1] ** -0.5)
-
-
-def flash(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal
-):
-    assert (max_seqlen_q, max_seqlen_k) == LONGEST
-    return by_rows(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale)
-
-
-STAND_INS: dict[str, Any] = {
-    "varlen": ("torch.nn.attention.varlen", varlen_now),
-    "varlen before": ("torch.nn.attention.varlen", varlen_before),
-    "flash2": ("flash_attn", flash),
-    "flash4": ("flash_attn.cute", flash),
-}
-
-
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("name", STAND_INS)
 def test_what_ragged_kernels_are_given(monkeypatch, name, kv_heads):
-    """They need CUDA; a function with the signature of each stands in for it here."""
-    module, stand_in = STAND_INS[name]
-    name = name.split()[0]
-    if name == "varlen":
-        monkeypatch.setattr(f"{module}.varlen_attn", stand_in)
-    else:
-        for part in ("flash_attn", "flash_attn.cute"):
-            made = types.ModuleType(part)
-            if part == module:
-                made.flash_attn_varlen_func = stand_in  # type: ignore[attr-defined]
-            monkeypatch.setitem(sys.modules, part, made)
-    monkeypatch.setattr(attention_kernels, "chosen", lambda query, dropout: name)
+    def check(cu_q, cu_k, max_q, max_k):  # the longest of what a sequence holds, and reads
+        assert (max_q, max_k) == (TOGETHER + 5, TOGETHER + 30)
+
+    install(monkeypatch, name, check)
     compare(*ragged(4, kv_heads))
 
 
