@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_train --sizes 25m --out benchmarks/results/cpu/bench_train.json
 
-Each run is a process of its own, the two trainers in turn, `--repeats` times; a run's speed is the
-tokens of its steps over their seconds, after two steps of warming up, and the table has the median
-over the runs. Tokens are those of prompts and responses, padding not counted. Memory is a process's
-peak beyond what it held when training began (libraries, weights, data), on CUDA the allocator's.
+Each run is a process of its own, the two trainers in turn, `--repeats` times, each with the same
+steps. Speed is the tokens of the steps over their seconds, after two steps of warming up, and a
+step's seconds are the median over the runs: what held up one step of one run does not count. Tokens
+are those of prompts and responses, padding not counted. Memory is a process's peak beyond what it
+held when training began (libraries, weights, data), on CUDA the allocator's.
 
 The lengths of the dialogues are log-normal with a median of 90 + 50 words and a mean of about 200.
 In TRL activation checkpointing is off, except in "sft defaults"; "sft packed" packs a step's tokens
@@ -54,15 +55,23 @@ def one(who: str, name: str, folder: Path, device: str, timeout: float) -> dict[
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RuntimeError(f"exit status {done.returncode}: {lines[-1][:300]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    seconds, tokens = found["seconds"][WARM_UP:], found["tokens"][WARM_UP:]
-    if not seconds:
+    steps = list(zip(found["tokens"], found["seconds"], strict=True))[WARM_UP:]
+    if not steps:
         raise RuntimeError(f"no steps left after {WARM_UP} of warming up")
     return {
-        "tokens/s": sum(tokens) / sum(seconds),
+        "steps": steps,
         "peak": found["peak"],
         "beyond": found["peak"] - found.get("at start", 0),
-        "timed steps": len(seconds),
     }
+
+
+def speed(runs: list[dict[str, Any]]) -> float:
+    """Tokens a second of runs of the same steps, each step at its median over the runs."""
+    medians = [
+        [statistics.median(numbers) for numbers in zip(*step, strict=True)]
+        for step in zip(*(run["steps"] for run in runs), strict=False)
+    ]
+    return sum(tokens for tokens, _ in medians) / sum(seconds for _, seconds in medians)
 
 
 def compare(
@@ -95,24 +104,22 @@ def compare(
     rows = []
     for (who, name), own in runs.items():
         ours = runs.get(("fastalign", name.split()[0]))
-        speed = statistics.median(run["tokens/s"] for run in own)
+        own_speed = speed(own)
         beyond = statistics.median(run["beyond"] for run in own)
         row: dict[str, Any] = {
             "model": size,
             "method": name.split()[0],
             "of": who,
             "what": f"{who} {name}",
-            "tokens/s": speed,
+            "tokens/s": own_speed,
             "memory GB": beyond / 1e9,
             "process GB": statistics.median(run["peak"] for run in own) / 1e9,
         }
         if ours:
-            row["fastalign is faster by"] = (
-                statistics.median(run["tokens/s"] for run in ours) / speed
-            )
+            row["fastalign is faster by"] = speed(ours) / own_speed
             least = statistics.median(run["beyond"] for run in ours)
             row["its memory / this"] = least / max(1.0, beyond)
-        rows.append(row | {"runs": len(own), "timed steps": own[0]["timed steps"]})
+        rows.append(row | {"runs": len(own), "timed steps": len(own[0]["steps"])})
     return rows, failed
 
 

@@ -83,36 +83,39 @@ def test_speed_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr(bench_train.subprocess, "run", run)
     assert bench_train.one("TRL", "sft", tmp_path, "cpu", 1) == {
-        "tokens/s": 75.0,
+        "steps": [(100, 1.0), (200, 3.0)],
         "peak": 50,
         "beyond": 30,
-        "timed steps": 2,
     }
-    found["seconds"] = [1.0, 2.0]
+    found |= {"seconds": [1.0, 2.0], "tokens": [1, 1]}
     Done.stdout = json.dumps(found)
     with pytest.raises(RuntimeError, match="no steps left after 2"):
         bench_train.one("TRL", "sft", tmp_path, "cpu", 1)
 
 
 def test_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Medians of three runs: 30 tokens/s against 10, 2 bytes against 8."""
+    """Each step at its median over three runs, of which one has a slow first step and one a slow
+    second one: 60 and 30 tokens in 1 + 2 s, against 3 + 6 s; 2 bytes against 8."""
     answers = {
-        "fastalign": iter([(29.0, 2), (30.0, 2), (99.0, 2)]),
-        "TRL": iter([(10.0, 8), (1.0, 8), (11.0, 8)]),
+        "fastalign": iter([((1.0, 2.0), 2), ((9.0, 2.0), 2), ((1.0, 8.0), 2)]),
+        "TRL": iter([((3.0, 99.0), 8), ((3.0, 6.0), 8), ((99.0, 6.0), 8)]),
     }
+
+    def run(seconds: tuple[float, ...], beyond: int) -> dict[str, Any]:
+        return {"steps": list(zip((60, 30), seconds, strict=False)), "peak": 9, "beyond": beyond}
 
     def one(who: str, name: str, *_: Any) -> dict[str, Any]:
         if name == "sft packed":
             raise RuntimeError("no such thing")
         if name == "sft defaults":
-            return {"tokens/s": 5.0, "peak": 9, "beyond": 4, "timed steps": 6}
-        speed, beyond = next(answers[who])
-        return {"tokens/s": speed, "peak": 10, "beyond": beyond, "timed steps": 6}
+            return run((12.0,), 4)
+        return run(*next(answers[who]))
 
     monkeypatch.setattr(bench_train, "one", one)
     rows, failed = bench_train.compare("tiny", ["sft"], "cpu", 3, 4, 1e12)
     assert failed == {"TRL sft packed": "no such thing"}
     by_name = {row["what"]: row for row in rows}
+    assert by_name["fastalign sft"]["tokens/s"] == 30.0
     assert by_name["TRL sft"]["fastalign is faster by"] == 3.0
     assert by_name["TRL sft"]["its memory / this"] == 0.25
     assert by_name["TRL sft defaults"]["fastalign is faster by"] == 6.0
