@@ -23,8 +23,8 @@ from fastalign.report.over_optimisation import (
     draw,
     groups,
     risen,
-    rows_of_drops,
     section,
+    table_of_drops,
     ticks,
 )
 from fastalign.train.run import RunError
@@ -276,8 +276,31 @@ def test_the_kl_of_a_drop_is_that_of_the_rounds_it_is_a_mean_of() -> None:
     """Means of three of a KL that jumps: that of the best rounds, 2 to 4, and of the last three."""
     gold = [0.0, 1.0, 5.0, 6.0, 5.0, 1.0]
     course = {"source": "a", "statistic": "min", "kl": [0.0, 1.0, 2.0, 9.0, 4.0, 26.0], "window": 3}
-    (row,) = rows_of_drops([{**course, "gold": gold, **courses.fall(gold, 3)}])
+    _, (row,) = table_of_drops([{**course, "gold": gold, **courses.fall(gold, 3)}])
     assert row[2:6] == ["5.33", "5.0", "4.00", "13.0"]
+
+
+def test_seeds_and_gold_at_a_kl_that_all_reached() -> None:
+    """Two seeds of one reward and one of another, which stops at 4 nats: gold there is 2 and 4,
+    the mean 3 with an error of |4 - 2| / 2, and 1 with its own of sqrt(diff^2 / 2)."""
+
+    def course(statistic: str, kl: list[float], gold: list[float]) -> dict[str, Any]:
+        more = {"kl": kl, "gold": gold, "window": 1, **courses.fall(gold)}
+        return {"source": "a", "statistic": statistic, **more}
+
+    runs = [
+        course("min", [0.0, 4.0, 9.0], [0.0, 2.0, 1.0]),
+        course("min", [0.0, 5.0, 6.0], [0.0, 4.0, 0.0]),
+        course("mean", [1.0, 4.0, 3.0], [0.0, 1.0, 3.0]),
+    ]
+    assert courses.reached(runs) == 4.0
+    head, rows = table_of_drops(runs)
+    assert head[-2:] == ["gold at KL 4.0", "verdict"]
+    found = {row[0]: row[6:8] for row in rows}
+    assert found["min, a"] == ["2.5 ± 1.5", "3.0 ± 1.0"]
+    assert found["mean, a"][1] == "1.0 ± 1.1"  # sqrt((1 + 4) / 2 / 2)
+    with pytest.raises(ValueError, match=r"gold_at: expected a KL of at most 4.0, got 4.5"):
+        courses.gold_at(runs[2], 4.5)
 
 
 def test_the_report_of_a_run_shows_the_study_beside_it(study: Path, tmp_path: Path) -> None:

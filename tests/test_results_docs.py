@@ -11,7 +11,7 @@ import pytest
 
 from fastalign.commands.courses import running_mean
 from fastalign.laboratory.command import table
-from fastalign.report.over_optimisation import rows_of_drops
+from fastalign.report.over_optimisation import table_of_drops
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 LABORATORY = (RESULTS / "laboratory.md").read_text()
@@ -50,7 +50,7 @@ def named(course: dict[str, Any]) -> str:
 
 
 def test_drops_along_training() -> None:
-    computed = {row[0]: row[2:7] for row in rows_of_drops(STUDY["runs"])}
+    computed = {row[0]: row[2:7] for row in table_of_drops(STUDY["runs"])[1]}
     shown = section(OVER, "Along training")
     assert len(shown) == len(computed) == 9
     for name, *cells in shown:

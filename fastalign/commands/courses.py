@@ -72,6 +72,24 @@ def fall(gold: Sequence[float], window: int = 1) -> dict[str, float]:
     }
 
 
+def reached(runs: Sequence[dict[str, Any]]) -> float:
+    """The largest KL that every one of some runs came to, as a mean of `window` rounds."""
+    return min(float(running_mean(run["kl"], run["window"]).max()) for run in runs)
+
+
+def gold_at(run: dict[str, Any], kl: float) -> float:
+    """A run's gold reward in the first `window` rounds whose mean KL is at least `kl`.
+
+    Raises:
+        ValueError: it never came so far.
+    """
+    means = running_mean(run["kl"], run["window"])
+    if not bool((means >= kl).any()):
+        raise ValueError(f"gold_at: expected a KL of at most {float(means.max())}, got {kl}")
+    first = int((means >= kl).int().argmax())
+    return float(running_mean(run["gold"], run["window"])[first])
+
+
 def of_run(run: Run) -> dict[str, Any] | None:
     """The course of a run; None where it did not log KL, proxy and gold in two rounds or more."""
     keys = {"kl": "kl/k1", "proxy": "reward/proxy", "gold": "reward/gold"}

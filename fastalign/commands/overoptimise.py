@@ -43,7 +43,7 @@ class OveroptimiseConfig:
 def run(config: OveroptimiseConfig) -> Path:
     """Reads the runs, measures and draws; the folder of the results."""
     from fastalign.report.files import write_atomically
-    from fastalign.report.over_optimisation import COLUMNS, plots, rows_of_drops
+    from fastalign.report.over_optimisation import plots, table_of_drops
 
     found: dict[str, Any] = courses.read(Path(config.runs))
     folder = Path(config.output)
@@ -57,7 +57,8 @@ def run(config: OveroptimiseConfig) -> Path:
         for name, content in plot.files.items():
             write_atomically(folder / name, content)
     for title, kind in (("along training", "runs"), ("best-of-n", "best_of_n")):
-        for row in rows_of_drops(found[kind]):
-            told = ", ".join(f"{k} {v}" for k, v in zip(COLUMNS[2:-1], row[2:-1], strict=True))
+        head, rows = table_of_drops(found[kind]) if found[kind] else ([], [])
+        for row in rows:
+            told = ", ".join(f"{k} {v}" for k, v in zip(head[2:-1], row[2:-1], strict=True))
             log.info("%s, %s: %s; %s", title, row[0], told, row[-1])
     return folder

@@ -9,6 +9,7 @@ best-of-n of a normal one. A thin line is every round, a thick one the means of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fastalign.commands.courses import SINGLE, running_mean
+from fastalign.commands.courses import SINGLE, gold_at, reached, running_mean
 from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.report.compare import number, with_error
 from fastalign.report.figure import WIDE, Plot, as_text, plot_with_files
@@ -216,7 +217,7 @@ def tables(found: dict[str, Any]) -> str:
     html = ""
     for title, courses in (("Along training", found["runs"]), ("Best-of-n", found["best_of_n"])):
         if courses:
-            html += _table(title, COLUMNS, [_drops(*item) for item in groups(courses).items()])
+            html += _table(title, *table_of_drops(courses))
     spread = [item for item in groups(found["runs"]).items() if "disagreement_first" in item[1][0]]
     if spread:
         html += _table("Disagreement of the heads", SPREAD, [_spread(*item) for item in spread])
@@ -229,15 +230,19 @@ def tables(found: dict[str, Any]) -> str:
     return html
 
 
-COLUMNS = ("reward", "runs", "max gold", "at KL", "final gold", "at KL", "drop", "verdict")
 SPREAD = ("reward", "runs", "first rounds", "last rounds")
 HEADS = ("reward model", "heads", "accuracy", "correlation", "disagreement", "shuffled: both")
 COSTS = ("reward", "parameters", "its training, s", "its training, FLOP", "scoring, s")
 
 
-def rows_of_drops(courses: list[Course]) -> list[list[str]]:
-    """The table of drops, cells as text."""
-    return [_drops(*item) for item in groups(courses).items()]
+def table_of_drops(courses: list[Course]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, as text. Runs go as far as they go: what compares them is gold at a KL that
+    all of them came to. Best-of-n ends at the same KL for all."""
+    head = ["reward", "runs", "max gold", "at KL", "final gold", "at KL", "drop"]
+    at = None if "n" in courses[0] else reached(courses)
+    more = [] if at is None else [f"gold at KL {number(at, 1.0)}"]
+    rows = [_drops(*item, at) for item in groups(courses).items()]
+    return [*head, *more, "verdict"], rows
 
 
 def _named(key: tuple[str, str]) -> str:
@@ -249,19 +254,28 @@ def _mean(courses: list[Course], name: str) -> float:
     return float(np.mean([course[name] for course in courses]))
 
 
-def _drops(key: tuple[str, str], courses: list[Course]) -> list[str]:
-    errors = [c["drop_stderr"] for c in courses]
-    error = None if None in errors else math.sqrt(sum(e**2 for e in errors)) / len(errors)
+def over_seeds(values: list[float], errors: list[float | None]) -> str:
+    """The mean and its standard error: of several seeds that between them, of one its own."""
+    several = len(values) > 1
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if several else errors[0]
+    return with_error(float(np.mean(values)), error)
+
+
+def _drops(key: tuple[str, str], courses: list[Course], at: float | None) -> list[str]:
     kls = [_smooth(c, "kl") for c in courses]
     peak_kl = float(np.mean([kl[_best(c)] for kl, c in zip(kls, courses, strict=True)]))
     last_kl = float(np.mean([kl[-1] for kl in kls]))
     over = sum(map(clear, courses))
     verdict = "falls" if over == len(courses) else f"falls in {over}" if over else "no clear fall"
+    drops, errors = ([c[name] for c in courses] for name in ("drop", "drop_stderr"))
+    one = None if errors[0] is None else errors[0] / math.sqrt(2)  # a drop is a difference of two
     return [
         *(_named(key), str(len(courses))),
         *(number(_mean(courses, "peak"), 0.1), number(peak_kl, 1.0)),
         *(number(_mean(courses, "final"), 0.1), number(last_kl, 1.0)),
-        *(with_error(_mean(courses, "drop"), error), verdict),
+        over_seeds(drops, errors),
+        *([] if at is None else [over_seeds([gold_at(c, at) for c in courses], [one])]),
+        verdict,
     ]
 
 
@@ -298,8 +312,8 @@ def _costs(key: tuple[str, str], courses: list[Course]) -> list[str] | None:
     ]
 
 
-def _table(title: str, head: tuple[str, ...], rows: list[list[str]]) -> str:
-    def line(cells: list[str] | tuple[str, ...], tag: str) -> str:
+def _table(title: str, head: Sequence[str], rows: list[list[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
         first, *rest = cells
         numbers = "".join(f'<{tag} class="n">{safe(cell)}</{tag}>' for cell in rest)
         return f"<tr><{tag}>{safe(first)}</{tag}>{numbers}</tr>"
