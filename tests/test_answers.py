@@ -107,8 +107,8 @@ def test_win_rate_by_hand() -> None:
     assert found["rate"] == pytest.approx((0.375 + 1.0) / 2)
     error = 0.625 / 2**0.5 / 2**0.5  # std of (0.375, 1.0) is 0.625 / sqrt 2
     assert found["stderr"] == pytest.approx(error)
-    assert found["low"] == pytest.approx(max(0.0, 0.6875 - 1.96 * error))
-    assert found["high"] == 1.0
+    # Wilson's of 0.6875 * 0.3125 / 0.3125^2 = 2.2 trials.
+    assert (found["low"], found["high"]) == pytest.approx((0.17992, 0.95664), abs=1e-5)
     assert evaluate.win_rate(ours[:2], theirs[:2], 2)["low"] is None
 
 

@@ -14,6 +14,7 @@ from test_cli import fastalign
 from fastalign.commands import frontier as command
 from fastalign.commands.frontier import read_samples
 from fastalign.theory import for_kl_budget
+from fastalign.theory import frontier as frontier_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,10 +96,24 @@ def test_two_prompts_are_exact_by_enumeration(tmp_path: Path, capsys: Any) -> No
     assert found["end"]["kl"] == pytest.approx(0.99 * largest, rel=1e-6)
     assert found["curve"]["reward"][0] == pytest.approx(0.5, abs=1e-12)
     best = found["best_of_n"]
-    assert best["n"] == [1, 2, 4, 8, 16, 32] and "kl_estimate" not in best
+    assert best["n"] == [1, 2, 4, 8, 16, 32]
+    # A reward's share goes from s to 1 - (1 - s)^2: KL of (3/4, 1/4) to a half each, and of
+    # (7/16, 9/16) to (1/4, 3/4). The bound, 0.193, knows nothing of ties.
+    by_ties = 0.5 * sum(entropy_term(torch.tensor(p), s) for p, s in ((0.75, 0.5), (0.4375, 0.25)))
+    assert best["kl_estimate"][1] == pytest.approx(float(by_ties), abs=1e-6)
+    assert best["kl_estimate"][5] == pytest.approx(largest, abs=1e-3)
     # Two of forty: both are not 1 with 20 * 19 / (40 * 39); not 2 with 30 * 29 / (40 * 39).
     by_hand = 0.5 * ((1 - 380 / 1560) + 2 * (1 - 870 / 1560))
     assert best["reward"][1] == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_rewards_keep_all_their_digits(tmp_path: Path, capsys: Any) -> None:
+    """10^9 + k: in single precision all of them would be the same."""
+    samples = scored(tmp_path / "s.jsonl", [("a", 1e9 + k, 1) for k in range(20)])
+    assert fastalign(capsys, "frontier", "--samples", samples, "--output", tmp_path / "out")[0] == 0
+    found = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert found["curve"]["reward"][0] == pytest.approx(1e9 + 9.5, abs=1e-4)
+    assert "kl_estimate" not in found["best_of_n"]  # nothing ties
 
 
 def test_a_run_s_regret_is_known(tmp_path: Path, capsys: Any) -> None:
@@ -174,15 +189,30 @@ def test_a_column_of_gold(tmp_path: Path, capsys: Any) -> None:
     found = json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert found["curve"]["reward"][0] == pytest.approx(-9.5)
     assert found["runs"][0]["reward"] == pytest.approx(-8.0)  # the run's gold: proxy + 1
+    argv = ["frontier", "--samples", path, "--column", "length", "--runs", run]
+    path.write_text("".join(json.dumps({**r, "length": -r["reward"]}) + "\n" for r in lines))
+    assert fastalign(capsys, *argv, "--output", tmp_path / "other")[0] == 0
+    (other,) = json.loads((tmp_path / "other" / "frontier.json").read_text())["runs"]
+    assert other == {
+        "name": "mine",
+        "note": "reward/length was not measured",
+    }  # nor is it its proxy
 
 
 @pytest.mark.parametrize(
     ("rows", "argv", "said"),
     [
         ([("a", 1.0, 20)], [], "expected rewards that differ, got the same one"),
-        ([("a", 1.0, 5), ("a", 2.0, 4)], [], "expected at least 10 samples a prompt, got 9"),
+        ([("a", 1.0, 6), ("a", 2.0, 4)], [], "expected more than 10 samples a prompt, got 10"),
         (TWO_PROMPTS, ["--n", 41], "--n 41: a prompt has 40 answers only"),
-        (TWO_PROMPTS, ["--n", 9], "--n: expected at least 10 answers a prompt, got 9"),
+        (TWO_PROMPTS, ["--n", 10], "--n: expected more than 10 answers a prompt, got 10"),
+        (TWO_PROMPTS, ["--limit", 1], "--limit is for answers that are drawn here, with --base"),
+        (
+            TWO_PROMPTS,
+            ["--sampling.max_new_tokens", 5],
+            "--sampling is for answers that are drawn here",
+        ),
+        ([("a", 10**400, 20)], [], "expected a number as reward, got 1000"),
         ([*TWO_PROMPTS, ("b", 2.0, 1)], [], "got 40 to 41: give --n"),
         (TWO_PROMPTS, ["--kl", "3"], "got 3.0"),
         (TWO_PROMPTS, ["--kl", "3"], "expected a KL under 1.03972 nats"),
@@ -233,6 +263,30 @@ def test_bad_files(tmp_path: Path, capsys: Any) -> None:
     good = scored(tmp_path / "good.jsonl")
     assert said(good).endswith("already in use; choose another --output, or --overwrite\n")
     assert "is damaged or holds no before" in said(good, "--overwrite", "--runs", tmp_path / "run")
+
+
+def test_log_probs_above_0_are_refused(tmp_path: Path, capsys: Any) -> None:
+    for wrong, told in ((1e-7, "1e-07"), (math.nan, "nan")):
+        samples = scored(tmp_path / "s.jsonl", logp=wrong)
+        argv = ["frontier", "--samples", samples, "--output", tmp_path / "out"]
+        status, _, err = fastalign(capsys, *argv)
+        assert status == 2
+        assert f"expected logp of every answer as a log-probability, <= 0, got {told}" in err
+
+
+def test_best_of_n_of_a_verifier_lies_on_the_frontier(tmp_path: Path, capsys: Any) -> None:
+    """Of one prompt with rewards 0 and 1 every policy that treats equal rewards alike is a tilt,
+    best-of-n too: at its KL the frontier has its reward."""
+    samples = scored(tmp_path / "s.jsonl", [("a", 0.0, 700), ("a", 1.0, 300)])
+    argv = ["frontier", "--samples", samples, "--output", tmp_path / "out"]
+    assert fastalign(capsys, *argv)[0] == 0
+    best = json.loads((tmp_path / "out" / "frontier.json").read_text())["best_of_n"]
+    rewards = torch.cat([torch.zeros(700), torch.ones(300)])
+    kls = best["kl_estimate"][1:5]
+    there = frontier_at(rewards, kls=kls).reward.tolist()
+    assert best["reward"][1:5] == pytest.approx(there, abs=1e-3)
+    assert kls[3] < 1.21 < best["kl_bound"][4]
+    assert "nearly always the highest" in (tmp_path / "out" / "frontier.svg").read_text()
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:

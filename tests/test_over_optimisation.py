@@ -259,6 +259,16 @@ def test_a_study(study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert (folder / "over-optimisation.svg").exists() and not (folder / "old").exists()
 
 
+def test_one_prompt_has_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither in the file, where it is null, nor in what is said: no error of no digits."""
+    make_samples(tmp_path / "runs" / "bon", answers()[:3], prompts=1)
+    config = overoptimise.OveroptimiseConfig(str(tmp_path / "runs"), str(tmp_path / "o"))
+    with caplog.at_level(logging.INFO, "fastalign"):
+        found = json.loads((overoptimise.run(config) / "over_optimisation.json").read_text())
+    assert {course["drop_stderr"] for course in found["best_of_n"]} == {None}
+    assert "drop" in caplog.text and "±" not in caplog.text
+
+
 def test_what_the_page_says(study: Path) -> None:
     html, plots = section(courses.read(study), None)  # type: ignore[arg-type]
     rows = re.findall(r"<tr>(.*?)</tr>", html)
@@ -340,6 +350,27 @@ def test_a_drop_is_clear_from_three_standard_errors(study: Path) -> None:
 
 
 # --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("gold", math.nan), ("gold", None), ("heads", ...), ("heads", "1")]
+)
+def test_damaged_answers(tmp_path: Path, key: str, value: Any) -> None:
+    records: list[dict[str, Any]] = answers()
+    records[4][key] = value
+    if value is ...:
+        del records[4][key]
+    make_samples(tmp_path / "bon", records)
+    with pytest.raises(RunError, match=f"samples.jsonl: expected finite numbers as {key} of every"):
+        courses.read(tmp_path)
+
+
+def test_one_answer_to_each_prompt_is_no_course(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", GOLD)
+    make_samples(tmp_path / "bon", answers()[:2])
+    about = json.loads((tmp_path / "bon" / "curve.json").read_text())
+    (tmp_path / "bon" / "curve.json").write_text(json.dumps(about | {"samples": 1}))
+    assert courses.read(tmp_path)["best_of_n"] == []
 
 
 def test_folders_without_gold(tmp_path: Path) -> None:

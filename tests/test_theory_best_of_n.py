@@ -16,6 +16,7 @@ from fastalign.theory import (
     best_of_n,
     best_of_n_kl_bound,
     best_of_n_kl_estimate,
+    best_of_n_kl_of_ties,
     kl_divergence,
     kl_to_tilt,
     n_for_kl,
@@ -215,6 +216,27 @@ def test_estimate_is_exact_for_an_atom_on_a_continuum() -> None:
     assert best_of_n_kl_estimate(1, vector(0, 0.4, 1)).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("n", [1, 2, 7.5, 300])
+def test_kl_of_ties_is_exact_for_samples_in_proportion(n: float) -> None:
+    """Rewards 0, 1, 5 and 9 in exact proportion are the alphabet itself. Atoms among a continuum,
+    10^5 cells: classes of 3 in 10 at the top, of 2 in 10 amid the rest."""
+    base, reward = vector(0.4, 0.3, 0.2, 0.1), vector(5, 0, 9, 1)
+    rewards = reward.repeat_interleave(torch.tensor([40, 30, 20, 10]))
+    kl = kl_divergence(best_of_n(base, reward, n), base)
+    both = best_of_n_kl_of_ties(n, torch.stack([rewards.flip(0), torch.full((100,), 2.5).double()]))
+    assert both.tolist() == pytest.approx([kl, 0.0], abs=1e-12)
+    assert both.shape == (2,) and best_of_n_kl_of_ties(n, rewards.float()).shape == ()
+    cells = 10**5
+    mixed = torch.arange(cells).double()
+    mixed[-3 * cells // 10 :] = cells
+    mixed[cells // 5 : 2 * cells // 5] = cells // 5
+    values, count = mixed.unique(return_counts=True)
+    exact = best_of_n(count / count.sum().double(), values, n)
+    want = kl_divergence(exact, count / count.sum().double())
+    assert float(best_of_n_kl_of_ties(n, mixed)) == pytest.approx(want, abs=1e-4)
+    assert float(best_of_n_kl_of_ties(n, torch.randn(50))) == pytest.approx(best_of_n_kl_bound(n))
+
+
 def test_n_for_kl_inverts_the_bound() -> None:
     for n in (1, 2, 3, 10, 999, 12_600, 10**9):
         assert n_for_kl(best_of_n_kl_bound(n)) == n
@@ -246,6 +268,8 @@ BAD: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
     (best_of_n_kl_estimate, (2, 0.5), "expected selected_prob as a float tensor, got float"),
     (best_of_n_kl_estimate, (2, vector(0.5, 1.5)), r"expected probabilities in \[0, 1\], got 1.5"),
     (best_of_n_kl_estimate, (2, vector(math.nan)), r"expected probabilities in \[0, 1\], got nan"),
+    (best_of_n_kl_of_ties, (0.5, P), "best_of_n_kl_of_ties: expected a finite n >= 1, got 0.5"),
+    (best_of_n_kl_of_ties, (2, vector(math.nan)), "expected finite rewards, got nan"),
     (win_rate, (P, vector(1), P), r"win_rate: expected policy of shape \(1,\), got \(2,\)"),
 ]
 

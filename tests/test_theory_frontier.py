@@ -106,6 +106,9 @@ def test_prompts_share_alpha_not_kl() -> None:
     assert float(point.ess) == pytest.approx(1 / inverse)
     one, two = frontier(in_proportion(), kls=[0.1]), frontier(in_proportion()[None], kls=[0.1])
     assert torch.equal(one.reward, two.reward) and torch.equal(one.high, two.high)
+    assert torch.equal(
+        frontier(in_proportion(), kls=torch.tensor(0.1, dtype=one.kl.dtype)).high, one.high
+    )
 
 
 def test_default_points_end_where_the_weights_get_too_skewed() -> None:
@@ -159,7 +162,7 @@ SOME = torch.arange(20.0)
     [
         (torch.ones(20), {}, "expected rewards that differ.*no policy can gain"),
         (torch.ones(3, 20) * torch.arange(3)[:, None], {}, "expected rewards that differ"),
-        (torch.arange(9.0), {}, "expected at least 10 samples a prompt, got 9"),
+        (torch.arange(10.0), {}, "expected more than 10 samples a prompt, got 10"),
         (torch.zeros(0), {}, r"expected rewards as a float tensor \[N\] or \[P, N\], not empty"),
         (torch.arange(20), {}, "expected rewards as a float tensor.*torch.int64"),
         (torch.tensor([math.nan] * 20), {}, r"expected finite rewards, got nan at \[0\]"),

@@ -158,6 +158,12 @@ def test_long_strings() -> None:
     assert math.isfinite(phi.kl_to(best)) and phi.kl_to(best) > 0
     assert source.tilt(math.inf).reward == pytest.approx(320 * float(REWARD.max()))
     assert best.kl_to(source.tilt(math.inf)) == math.inf
+    # e^(1000 gap) is no float, its logarithm is: the identity holds where letters underflow.
+    sharp = source.tilt(1000.0)
+    right = best.kl_to_base - sharp.kl_to_base + 1000 * (sharp.reward - best.reward)
+    assert best.kl_to(sharp) == pytest.approx(right, rel=1e-9)
+    with pytest.raises(ValueError, match="Memoryless.tilt: expected a number as alpha, got nan"):
+        source.tilt(math.nan)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +171,8 @@ def test_long_strings() -> None:
     [
         (BASE, REWARD, 0, "Memoryless: expected m as a whole number >= 1, got 0"),
         (BASE, REWARD, 2.5, "Memoryless: expected m as a whole number >= 1, got 2.5"),
+        (BASE, REWARD, math.inf, "Memoryless: expected m as a whole number >= 1, got inf"),
+        (BASE, REWARD, math.nan, "Memoryless: expected m as a whole number >= 1, got nan"),
         (2 * BASE, REWARD, 3, "Memoryless: expected base to sum to 1"),
         (BASE, REWARD[:2], 3, r"Memoryless: expected reward of shape \(3,\), got \(2,\)"),
         (

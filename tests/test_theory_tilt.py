@@ -223,6 +223,21 @@ def test_regret_of_a_policy_beyond_the_highest_reward() -> None:
     assert regret(base, base, reward).regret == pytest.approx(0.0, abs=1e-15)
 
 
+def test_rewards_far_from_0_keep_their_differences() -> None:
+    """10^6 + k / 2^20 are floats, so that the differences are exact: a tilt, its KL and what a
+    policy misses are those of the rewards k / 2^20, for which they are known to all digits."""
+    unit, base = 2.0**-20, vector(0.2, 0.3, 0.5)
+    near = unit * vector(3, 0, 1)
+    far, policy = 1e6 + near, vector(0.3, 0.3, 0.4)
+    assert alpha_for_kl(base, far, 0.11) == pytest.approx(alpha_for_kl(base, near, 0.11), rel=1e-12)
+    for alpha in (0.5 / unit, -2 / unit, 30 / unit):
+        exact = kl_divergence(policy, tilt(base, near, alpha))
+        assert kl_to_tilt(policy, base, far, alpha) == pytest.approx(exact, rel=1e-12)
+    here, there = regret(policy, base, near), regret(policy, base, far)
+    assert there.regret == pytest.approx(here.regret, rel=1e-9)
+    assert there.reward == pytest.approx(1e6) and there.frontier_reward == pytest.approx(1e6)
+
+
 P = vector(0.5, 0.5)
 BAD: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
     (tilt, ([0.5, 0.5], P, 1.0), r"tilt: expected base as a float64 tensor \[K\].*got list"),

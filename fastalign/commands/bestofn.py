@@ -28,7 +28,12 @@ from torch import Tensor
 from fastalign.commands.answers import Answers, AnswersConfig, account
 from fastalign.commands.output import add_lines, read_lines, write_lines
 from fastalign.models import load_tokenizer
-from fastalign.theory import best_of_n_curve, best_of_n_kl_bound, best_of_n_kl_estimate
+from fastalign.theory import (
+    best_of_n_curve,
+    best_of_n_kl_bound,
+    best_of_n_kl_estimate,
+    best_of_n_kl_of_ties,
+)
 from fastalign.train import repeat, strict_json
 from fastalign.train.reward_source import (
     Gold,
@@ -256,18 +261,23 @@ def curve(records: list[dict[str, Any]], n: int) -> dict[str, Any]:
     return found
 
 
-def kl_estimates(some: list[int], logp: Tensor, proxy: Tensor) -> list[float]:
+def kl_estimates(some: list[int], logp: Tensor | None, proxy: Tensor) -> list[float]:
     """The better estimate of the KL of best-of-n, in nats, mean over prompts; it takes a pass over
     all samples for each of `some` n.
+
+    There are two, both too high rather than too low: one does not see that an answer is likely, the
+    other that scores tie. The lower one counts.
 
     Args:
         logp, proxy: [P, N] log-probs of the answers under the model sampled from, and their scores.
     """
-    probability = logp.exp()
     found = []
     for n in some:
-        by_prompt = best_of_n_curve(best_of_n_kl_estimate(n, probability), proxy)
-        found.append(by_prompt[:, n - 1].mean().item())
+        kl = best_of_n_kl_of_ties(n, proxy).mean().item()
+        if logp is not None:
+            by_prompt = best_of_n_curve(best_of_n_kl_estimate(n, logp.exp()), proxy)
+            kl = min(kl, by_prompt[:, n - 1].mean().item())
+        found.append(kl)
     return found
 
 

@@ -33,6 +33,7 @@ from fastalign.models.reward import check_same_tokenizer
 from fastalign.ops.reduce_scores import STATISTICS
 from fastalign.report.command import conclude
 from fastalign.rollout import Rollout
+from fastalign.theory.interval import wilson
 from fastalign.train import repeat
 from fastalign.train.evaluate import Evaluation, Evaluations, standard_error
 from fastalign.train.experience import spread
@@ -343,7 +344,8 @@ def diversity(completions: list[list[int]], n_samples: int) -> dict[str, float]:
 
 
 def win_rate(ours: Tensor, theirs: Tensor, n_samples: int) -> dict[str, float | None]:
-    """Of one reward: the rate, the ends of its 95 % interval, and its standard error.
+    """Of one reward: the rate, the ends of its 95 % interval (Wilson's, over prompts), and its
+    standard error.
 
     Args:
         ours, theirs: [P * n_samples], the answers to a prompt side by side.
@@ -354,10 +356,7 @@ def win_rate(ours: Tensor, theirs: Tensor, n_samples: int) -> dict[str, float | 
     rate, error = by_prompt.mean().item(), standard_error(by_prompt)
     if error is None:
         return {"rate": rate, "low": None, "high": None, "stderr": None}
-    half = 1.96 * error
-    return {
-        "rate": rate,
-        "low": max(0.0, rate - half),
-        "high": min(1.0, rate + half),
-        "stderr": error,
-    }
+    # As many trials as would have this error; one a prompt where all prompts came out the same.
+    trials = rate * (1 - rate) / error**2 if error > 1e-9 else len(by_prompt)
+    low, high = wilson(rate, trials)
+    return {"rate": rate, "low": low, "high": high, "stderr": error}

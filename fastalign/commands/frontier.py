@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,12 @@ from fastalign.train.whole import write_text
 log = logging.getLogger("fastalign")
 EVALUATION = "evaluation.json"
 DRAWN = 64
+# What decides how answers are drawn and scored, and so goes with --base only.
+DRAWING = (
+    *("prompts", "lines", "limit", "split", "reward", "statistic", "coef", "gold"),
+    *("sampling", "micro_tokens", "seed", "dtype"),
+)
+LARGEST = 1e300  # JSON has whole numbers that no float holds
 
 
 @dataclass
@@ -104,8 +110,18 @@ class FrontierConfig:
         at_least(self, 0, "coef")
         if (self.samples is None) == (self.base is None):
             raise RunError("give --samples (scored answers of the base) or --base (a model)")
-        if self.n is not None and self.n < LEAST_ESS:
-            raise RunError(f"--n: expected at least {LEAST_ESS:.0f} answers a prompt, got {self.n}")
+        for option in fields(self) if self.samples is not None else ():
+            made = option.default_factory
+            default = option.default if made is MISSING else made()
+            if option.name in DRAWING and getattr(self, option.name) != default:
+                raise RunError(
+                    f"--{option.name} is for answers that are drawn here, with --base: those of "
+                    "--samples are used as they are"
+                )
+        if self.n is not None and self.n <= LEAST_ESS:
+            raise RunError(
+                f"--n: expected more than {LEAST_ESS:.0f} answers a prompt, got {self.n}"
+            )
         autocast(choose_device(self.device), self.dtype)
         # KL(weights || uniform) <= log(n / ESS), whatever the rewards are.
         n = self.n or (DRAWN if self.base is not None else None)
@@ -197,7 +213,7 @@ def read_samples(path: Path, output: Path) -> tuple[list[dict[str, Any]], dict[s
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # of JSON, or of a whole number of thousands of digits
             record = None
         if not isinstance(record, dict):
             raise RunError(f"--samples: {file}:{number} is not a JSON object")
@@ -248,7 +264,7 @@ def table(records: list[dict[str, Any]], column: str, n: int | None) -> Tensor:
     by_prompt: dict[str, list[float]] = {}
     for number, record in enumerate(records, 1):
         value = record.get(column)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
             known = [k for k, v in record.items() if isinstance(v, int | float)]
             raise RunError(
                 f"answer {number}: expected a number as {column}, got {value!r} "
@@ -267,7 +283,8 @@ def table(records: list[dict[str, Any]], column: str, n: int | None) -> Tensor:
             f"expected as many answers to each prompt, got {min(counts)} to {max(counts)}: give "
             "--n to use the first n of each"
         )
-    return torch.tensor([values[: n or max(counts)] for values in by_prompt.values()]).double()
+    kept = [values[: n or max(counts)] for values in by_prompt.values()]
+    return torch.tensor(kept, dtype=torch.float64)
 
 
 def measure(
@@ -286,6 +303,9 @@ def measure(
         raise RunError(str(error)) from error
     has_logp = all("logp" in record for record in records)
     logp = table(records, "logp", n) if has_logp else None
+    if logp is not None and not bool((logp <= 0).all()):
+        wrong = float(logp[~(logp <= 0)][0])
+        raise RunError(f"expected logp of every answer as a log-probability, <= 0, got {wrong}")
     return {
         "reward": column,
         "prompts": len(rewards),
@@ -304,14 +324,15 @@ def measure(
 
 def best_of_n(rewards: Tensor, logp: Tensor | None) -> dict[str, Any]:
     """Best-of-n by this reward at powers of two: reward, bound of its KL, and where answers have
-    log-probs the better estimate of it, all means over prompts."""
+    log-probs or rewards tie the better estimate of it, all means over prompts."""
     some = [2**k for k in range(rewards.shape[1].bit_length())]
     by_prompt = theory.best_of_n_curve(rewards, rewards)[:, [n - 1 for n in some]]
     found: dict[str, Any] = {"n": some, "reward": by_prompt.mean(0).tolist()}
     if len(rewards) > 1:
         found["reward_se"] = (by_prompt.std(0) / len(rewards) ** 0.5).tolist()
     found["kl_bound"] = [theory.best_of_n_kl_bound(n) for n in some]
-    if logp is not None:
+    has_ties = bool((rewards.sort(1).values.diff() == 0).any())
+    if logp is not None or has_ties:
         found["kl_estimate"] = bestofn.kl_estimates(some, logp, rewards)
     return found
 

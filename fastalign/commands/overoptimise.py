@@ -11,6 +11,7 @@ The folder it writes:
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ def run(config: OveroptimiseConfig) -> Path:
         clear_folder(folder)
     write_config(folder, config)
     found |= repeat.facts(torch.device("cpu"))
-    write_text(folder / FILE, strict_json.dumps(found, indent=1) + "\n")
+    written = strict_json.dumps(found, indent=1)
+    write_text(folder / FILE, written + "\n")
+    found = json.loads(written)  # what could not be computed is None, here as for the report
     for plot in plots(found):
         for name, content in plot.files.items():
             write_atomically(folder / name, content)

@@ -9,13 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fastalign.report.compare import Z95
 from fastalign.report.figure import WIDE, Plot, grid, plot_with_files
 from fastalign.report.files import write_atomically
 from fastalign.report.labels import Label, write
 from fastalign.report.markup import safe
 from fastalign.report.read import Road
 from fastalign.report.style import AMBER, BLUE
+from fastalign.theory.interval import student_t
 
 LINES = (("reward", BLUE, "the reward it is chosen by"), ("gold", AMBER, "gold reward"))
 
@@ -52,7 +52,7 @@ def _draw(found: dict[str, Any]) -> Figure:
         values = np.array(found[name])
         axis.plot(n, values, color=colour, lw=2, marker="o" if len(n) == 1 else None)
         if f"{name}_stderr" in found:
-            half = Z95 * np.array(found[f"{name}_stderr"])
+            half = student_t(found["prompts"] - 1) * np.array(found[f"{name}_stderr"])
             axis.fill_between(n, values - half, values + half, color=colour, alpha=0.15, lw=0)
             has_bands = True
         middle = int(np.searchsorted(n, len(n) ** 0.6))

@@ -43,7 +43,8 @@ def placed(found: dict[str, Any], name: str, evaluation: dict[str, Any]) -> dict
     end of the curve `regret` is None and `at_least` and `at_most` bound it. Where it cannot be
     placed, `note` says why.
     """
-    key = "reward/gold" if found["reward"] == "gold" else "reward/proxy"
+    column = found["reward"]
+    key = "reward/proxy" if column == "reward" else f"reward/{column}"
     rows = {row.key: row for row in comparison_rows(evaluation)}
     reward, kl = rows.get(key), rows.get("kl/exact") or rows.get("kl/k1")
     if reward is None or reward.after is None:
@@ -172,7 +173,10 @@ def _draw(found: dict[str, Any]) -> Figure:
     labels.append(Label(at[-1], best["reward"][-1], "best of n", GREEN))
     middle = int(np.searchsorted(kl, 0.45 * kl[-1]))
     labels.insert(1, Label(kl[middle], reward[middle], "frontier, with its 95% band", BLUE))
-    labels.append(Label(kl[-1], reward[-1], "the samples end here", BLUE, False))
+    ends = "the samples end here"
+    if found["end"]["is_saturated"]:
+        ends = "nearly always the highest reward"
+    labels.append(Label(kl[-1], reward[-1], ends, BLUE, False))
     between = np.linspace(at[0], at[-1], 200)
     green = zip(between, np.interp(between, at, best["reward"]), strict=True)
     taken = [*zip(kl.tolist(), reward.tolist(), strict=True), *green]

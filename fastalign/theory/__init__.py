@@ -8,6 +8,7 @@ from fastalign.theory.best_of_n import (
     best_of_n,
     best_of_n_kl_bound,
     best_of_n_kl_estimate,
+    best_of_n_kl_of_ties,
     n_for_kl,
     win_rate,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "best_of_n_curve",
     "best_of_n_kl_bound",
     "best_of_n_kl_estimate",
+    "best_of_n_kl_of_ties",
     "for_kl_budget",
     "frontier",
     "kl_divergence",

@@ -17,6 +17,15 @@ and with eps the base's probability of the answer that was chosen, the estimate
 lies between 0 and that bound; it is the KL itself when one symbol of mass eps is on top of a
 continuum. That its mean is never under the KL is conjectured.
 
+It knows nothing of ties, which lower the KL: pi_n / base is the same for all answers of one reward,
+so that only the classes count. From rewards of N samples, with F and F_- their shares, those that
+tie are taken for atoms and the others for a continuum:
+
+    sum over atoms of a log(a / (F - F_-)), a = F^n - F_-^n, + sum over others of G(F) - G(F_-)
+    G(u) = u^n [log n + (n - 1) log u - (n - 1) / n]     the integral of n v^(n-1) log(n v^(n-1))
+
+which is the bound, G(1), where no two tie, and 0 where all do.
+
 Source: arXiv 2401.01879, Theorem 3.1 and its estimator; arXiv 2404.01730, Table 1. Tests:
 tests/test_theory_best_of_n.py. All orders from samples: fastalign/theory/curve.py.
 """
@@ -34,6 +43,7 @@ from fastalign.theory.checks import (
     number,
     on_support,
     same_length,
+    samples,
 )
 
 # log(1 - e^-y) is log y to the last digit from here on down.
@@ -150,6 +160,43 @@ def best_of_n_kl_estimate(n: float, selected_prob: Tensor) -> Tensor:
     first = torch.where(rest > 0, rest * (bound + (n - 1.0) * log_rest), 0.0)
     second = torch.where(chosen > 0, chosen * (chosen / eps).log(), 0.0)
     return (first + second).clamp(0.0, bound)
+
+
+def best_of_n_kl_of_ties(n: float, rewards: Tensor) -> Tensor:
+    """Estimate of KL(pi_n || base) in nats from rewards that tie, by this module's docstring.
+
+    Args:
+        n: a real number >= 1.
+        rewards: of samples of the base: [N] for one prompt, [P, N] for P prompts; any float dtype.
+            They tie when they are equal as floats.
+
+    Returns:
+        float64 [] or [P], in [0, log n - (n - 1) / n].
+
+    Raises:
+        ValueError: inputs that are not as above.
+    """
+    op = "best_of_n_kl_of_ties"
+    n = number(op, "n", n, 1.0)
+    ordered = samples(op, "rewards", rewards, (1, 2)).sort(-1).values
+    total, bound = ordered.shape[-1], best_of_n_kl_bound(n)
+    place = torch.arange(total, dtype=torch.float64, device=ordered.device).expand_as(ordered)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[..., 1:] = ordered.diff() > 0
+    is_last = torch.ones_like(is_first)
+    is_last[..., :-1] = is_first[..., 1:]
+    below = place.where(is_first, 0.0).cummax(-1).values
+    up_to = (place + 1).where(is_last, float(total)).flip(-1).cummin(-1).values.flip(-1)
+    count, f, f_below = up_to - below, up_to / total, below / total
+
+    def integral(u: Tensor) -> Tensor:
+        mass = u**n
+        return bound * mass + (n - 1.0) * torch.xlogy(mass, u)
+
+    chosen = f**n - f_below**n
+    atom = torch.xlogy(chosen, chosen * total / count) / count  # a share for each of its samples
+    each = torch.where(count > 1, atom, integral(f) - integral(f_below))
+    return each.sum(-1).clamp(0.0, bound)
 
 
 def win_rate(policy: Tensor, base: Tensor, reward: Tensor) -> float:

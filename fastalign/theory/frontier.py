@@ -17,7 +17,8 @@ alpha itself does not count, and the delta method gives
                           = sqrt(1 / ESS - 1 / N) / alpha          for one prompt;
 
 for P prompts the se of the mean log Z is the spread of the P values over sqrt(P): it counts the
-choice of the prompts and of the samples. Bands are reward +- 1.96 of this (for 95 %). log Z is too
+choice of the prompts and of the samples. Bands (95 %) are reward +- 1.96 of this for one prompt,
+for P +- Student's t with P - 1 degrees of freedom (fastalign/theory/interval.py). log Z is too
 small by (1 / ESS - 1 / N) / 2 on average, and with it the reward: for one prompt by at most 0.16 se
 while ESS >= 10. More prompts do not make that smaller, so for P > 1 it is part of the se, which is
 the root of the sum of both squares. Under an ESS of 10 the highest few rewards decide everything:
@@ -41,6 +42,7 @@ import torch
 from torch import Tensor
 
 from fastalign.theory.checks import number, samples
+from fastalign.theory.interval import student_t
 from fastalign.theory.solve import solve_increasing
 
 LEAST_ESS = 10.0
@@ -100,14 +102,14 @@ def frontier(
 
     Args:
         rewards: [N] of N samples of the base for one prompt (or a task without prompts), or [P, N]
-            of N samples for each of P prompts; any float dtype, N >= 10.
+            of N samples for each of P prompts; any float dtype, N > 10.
         alphas: points at these inverse temperatures, >= 0. kls: or points at these KLs, in nats.
         Neither: 100 alphas, denser near 0, from 0 to where ESS is 10, or, where 10 samples a
             prompt share the highest reward, to 99 % of the largest KL.
         confidence: of the band, pointwise.
 
     Raises:
-        ValueError: rewards that are all equal, fewer than 10 a prompt, or not finite; both
+        ValueError: rewards that are all equal, no more than 10 a prompt, or not finite; both
             ``alphas`` and ``kls``; a KL that no weighting of these samples has.
     """
     op = "frontier"
@@ -127,6 +129,8 @@ def frontier(
         chosen = [last * (k / (POINTS - 1)) ** 2 for k in range(POINTS)]
     points = [reweight(rewards, alpha) for alpha in chosen]
     z = NormalDist().inv_cdf(0.5 + 0.5 * confidence)
+    if len(rewards) > 1:
+        z = student_t(len(rewards) - 1, confidence)
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
@@ -246,9 +250,9 @@ def as_prompts(op: str, name: str, rewards: Tensor) -> Tensor:
     """Rewards of the base's samples as [P, N] float64."""
     rewards = samples(op, name, rewards, (1, 2))
     rewards = rewards[None] if rewards.dim() == 1 else rewards
-    if rewards.shape[1] < LEAST_ESS:
+    if rewards.shape[1] <= LEAST_ESS:
         raise ValueError(
-            f"{op}: expected at least {LEAST_ESS:.0f} samples a prompt, got {rewards.shape[1]}"
+            f"{op}: expected more than {LEAST_ESS:.0f} samples a prompt, got {rewards.shape[1]}"
         )
     if bool((rewards == rewards[:, :1]).all()):
         raise ValueError(
@@ -259,4 +263,4 @@ def as_prompts(op: str, name: str, rewards: Tensor) -> Tensor:
 
 
 def _numbers(values: Tensor | Sequence[float]) -> list[float]:
-    return values.tolist() if isinstance(values, Tensor) else list(values)
+    return torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()

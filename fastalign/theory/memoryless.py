@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastalign.theory.best_of_n import log_best_of_n
 from fastalign.theory.checks import distribution, number, on_support
-from fastalign.theory.tilt import tilt
+from fastalign.theory.tilt import tilted
 
 MOST_TYPES = 20_000_000
 
@@ -55,8 +55,9 @@ class Memoryless:
         op = "Memoryless"
         base = distribution(op, "base", self.base)
         object.__setattr__(self, "reward", on_support(op, "reward", self.reward, base))
-        if int(self.m) != self.m or self.m < 1:
+        if not (math.isfinite(self.m) and int(self.m) == self.m and self.m >= 1):
             raise ValueError(f"{op}: expected m as a whole number >= 1, got {self.m}")
+        object.__setattr__(self, "m", int(self.m))
         letters = int((base > 0).sum())
         n_types = math.comb(self.m + letters - 1, letters - 1)
         if n_types > MOST_TYPES:
@@ -101,7 +102,7 @@ class Memoryless:
     @cached_property
     def log_base(self) -> Tensor:
         """[types] log P(c)."""
-        return self._log_product(self.base)
+        return self._log_product(self.base.log())
 
     @cached_property
     def rank(self) -> Tensor:
@@ -113,9 +114,10 @@ class Memoryless:
         rank[order[1:]] = (values.diff() > rounding).cumsum(0)
         return rank
 
-    def _log_product(self, letter: Tensor) -> Tensor:
-        """[types] log probabilities under independent letters with this distribution."""
-        return self.log_strings + torch.special.xlogy(self.types.double(), letter).sum(1)
+    def _log_product(self, log_letter: Tensor) -> Tensor:
+        """[types] log probabilities under independent letters, from [K] a letter's."""
+        each = torch.where(self.types > 0, self.types * log_letter, 0.0)  # 0 log 0 is 0
+        return self.log_strings + each.sum(1)
 
     def best_of_n(self, n: float) -> TypePolicy:
         """Best-of-n: of n strings from the base the one with the highest reward.
@@ -138,7 +140,12 @@ class Memoryless:
         Raises:
             ValueError: alpha is NaN.
         """
-        return TypePolicy(self, self._log_product(tilt(self.base, self.reward, alpha)))
+        if math.isnan(alpha):
+            raise ValueError(f"Memoryless.tilt: expected a number as alpha, got {alpha}")
+        kept = self.base > 0
+        log_letter = torch.full_like(self.base, -math.inf)
+        log_letter[kept] = tilted(self.base[kept].log(), self.reward[kept], float(alpha)).log_p
+        return TypePolicy(self, self._log_product(log_letter))
 
 
 @dataclass(frozen=True, eq=False)

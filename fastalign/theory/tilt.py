@@ -46,7 +46,9 @@ class Tilted(NamedTuple):
 
 def tilted(log_base: Tensor, reward: Tensor, alpha: float) -> Tilted:
     """T_alpha in logarithms; ``log_base`` [S] finite, ``reward`` [S], alpha any number or +-inf."""
-    gap = reward - (reward.max() if alpha >= 0 else reward.min())
+    # Only differences of rewards count: they have digits that rewards far from 0 have not.
+    end = reward.max() if alpha >= 0 else reward.min()
+    gap = reward - end
     # inf * 0 is NaN: at alpha = inf the best symbols keep their mass, the others lose it.
     shift = torch.where(gap == 0, 0.0, alpha * gap)
     below = (log_base.exp() * torch.expm1(shift)).sum()
@@ -56,9 +58,9 @@ def tilted(log_base: Tensor, reward: Tensor, alpha: float) -> Tilted:
     log_p = log_base + log_ratio
     p = log_p.exp()
     kl = float(torch.where(p > 0, p * log_ratio, 0.0).sum())
-    mean = (p * reward).sum()
-    variance = float((p * (reward - mean).square()).sum())
-    return Tilted(log_p, log_ratio, max(0.0, kl), float(mean), variance)
+    mean = (p * gap).sum()
+    variance = float((p * (gap - mean).square()).sum())
+    return Tilted(log_p, log_ratio, max(0.0, kl), float(end + mean), variance)
 
 
 def _inputs(op: str, base: Tensor, reward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +118,7 @@ def alpha_for_kl(base: Tensor, reward: Tensor, kl: float) -> float:
     if kl >= largest:
         return math.inf
     span = float(values.max() - values.min())
-    unit = values / span
+    unit = (values - values.max()) / span
 
     def f(x: float) -> tuple[float, float]:
         at = tilted(log_base, unit, x)
@@ -179,6 +181,7 @@ def kl_to_tilt(policy: Tensor, base: Tensor, reward: Tensor, alpha: float) -> fl
     """
     op = "kl_to_tilt"
     _, log_base, values = _inputs(op, base, reward)
+    values = values - values.max()
     at = tilted(log_base, values, number(op, "alpha", alpha))
     same_length(op, "policy", distribution(op, "policy", policy), base)
     kl = kl_divergence(policy, base)
@@ -220,6 +223,7 @@ def regret(policy: Tensor, base: Tensor, reward: Tensor) -> Regret:
         raise ValueError(f"{op}: expected a policy without mass where the base has none")
     most = largest_kl(log_base, values)
     alpha = alpha_for_kl(base, reward, kl) if kl < most else math.inf
-    best = tilted(log_base, values, alpha).reward
-    own = float((policy[base > 0] * values).sum())
-    return Regret(best - own, kl, own, best, alpha)
+    top = values.max()
+    best = tilted(log_base, values - top, alpha).reward
+    own = float((policy[base > 0] * (values - top)).sum())
+    return Regret(best - own, kl, float(top) + own, float(top) + best, alpha)
