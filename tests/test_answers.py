@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastalign.commands.output import read_lines, write_lines
 from fastalign.data import source
 from fastalign.models import Policy, load_tokenizer
 from fastalign.rollout import SamplingConfig
+from fastalign.train import repeat
 from fastalign.train.run import RunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,6 +112,8 @@ def test_win_rate_by_hand() -> None:
     # Wilson's of 0.6875 * 0.3125 / 0.3125^2 = 2.2 trials.
     assert (found["low"], found["high"]) == pytest.approx((0.17992, 0.95664), abs=1e-5)
     assert evaluate.win_rate(ours[:2], theirs[:2], 2)["low"] is None
+    rounded = ours.double() + torch.tensor([0.0, 4e-7, 0.0, 0.0])  # in a pack of other neighbours
+    assert evaluate.win_rate(rounded, theirs, 2)["rate"] == found["rate"]
 
 
 def test_diversity_by_hand() -> None:
@@ -197,7 +201,8 @@ def test_the_baseline_must_have_the_same_tokenizer(
         *["evaluate", "--policy", road / "apa" / "model", "--baseline", road / "sft" / "model"],
         *["--reward", road / "reward" / "model", "--output", tmp_path / "e"],
     )
-    assert status == 2 and "different tokenizers" in err
+    assert status == 2 and f"and the baseline '{road / 'sft' / 'model'}' have different" in err
+    assert "reward model" not in err
 
 
 def strict(path: Path) -> Any:
@@ -251,6 +256,21 @@ def test_a_function_is_reward_enough(
     assert curve["reward"][3] == -min(lengths) and "reward_stderr" not in curve
     assert curve["reward"][0] == pytest.approx(-sum(lengths) / 4)
     assert "heads" not in samples[0] and "gold" not in samples[0]
+
+
+def test_entropy_is_a_mean_over_tokens_with_the_error_of_a_ratio() -> None:
+    """Responses of 1, 3 and 4 tokens with 2, 3 and 11 nats: 16 / 8 = 2. Residuals 0, -3 and 3 over
+    a mean length of 8 / 3."""
+    sums, lengths = torch.tensor([2.0, 3.0, 11.0]), torch.tensor([1, 3, 4])
+    found = evaluate.shares_of_mean(sums.double(), lengths)
+    assert found.mean().item() == pytest.approx(2.0)
+    assert (found - 2.0).tolist() == pytest.approx([0.0, -3 / (8 / 3), 3 / (8 / 3)])
+
+
+def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--reward", "runs/r,0.5*my.py:f", "--text", "say it", "--lines", "2000:"]
+    monkeypatch.setattr("sys.argv", ["fastalign", "generate", *words])
+    assert shlex.split(repeat.command_line()) == ["fastalign", "generate", *words]
 
 
 def test_what_it_took_and_who_is_who(road: Path, tmp_path: Path, functions: str) -> None:

@@ -183,6 +183,16 @@ def test_completion_forms(write):
     assert str(report) == f"{path}: kept 5 of 5"
 
 
+def test_which_completions_were_cut_off(write):
+    """Only those that say so; the word may mean anything elsewhere."""
+    said = [True, False, None, "no"]
+    path = write(*({"prompt": "a", "completion": "b", "finished": one} for one in said), PAIR)
+    records, _ = read_completions(path)
+    assert [r.finished for r in records] == [True, False, True, True, True]
+    path = write(PAIR | {"finished": False})
+    assert read_completions(path)[0][0].finished
+
+
 def test_prompt_forms(write):
     path = write(
         {"prompt": "a"},

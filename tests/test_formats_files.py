@@ -12,6 +12,7 @@ from fastalign.data.formats import (
     DataError,
     Preference,
     read_preferences,
+    read_prompts,
 )
 
 
@@ -70,6 +71,12 @@ def test_slices(write):
 def test_limit_stops_reading(write):
     path = write(*rows(2), "this is not JSON")
     assert read(path, limit=2) == ["p0", "p1"]
+
+
+def test_a_limit_that_was_reached_is_said(write):
+    path = write(*rows(5))
+    for limit, said in ((3, "kept 3 of 3 (limit 3)"), (6, "kept 5 of 5"), (None, "kept 5 of 5")):
+        assert str(read_prompts(path, limit=limit)[1]) == f"{path}: {said}"
 
 
 def test_folder_of_files_and_splits(tmp_path, write):

@@ -148,6 +148,9 @@ def test_totals_add_up_over_a_resume(clock):
     expected = {"seconds": 7.0, "joules": 10.0, "flops": 13.0, "tokens": 8, "trained": 6}
     assert found["phases"]["update"] | expected == found["phases"]["update"]
     assert found["phases"]["reference"]["seconds"] == 2.0
+    assert second.seconds() == 3.0 + 2.0 + 4.0
+    clock.work(1.0)
+    assert second.seconds() == 10.0
     # Of the step, which was stopped in its middle, and not of the run.
     assert second.metrics()["tokens"] == 8
     assert second.metrics()["tokens"] == 0

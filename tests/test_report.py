@@ -117,6 +117,14 @@ def test_missing_stages_are_named(tmp_path: Path) -> None:
     assert "Held-out loss went from 4.600 to 3.33" in page.text
 
 
+@pytest.mark.parametrize("method", ["apa-offline", "awr-offline"])
+def test_an_offline_method_is_a_stage(tmp_path: Path, method: str) -> None:
+    make_sft(tmp_path / "sft", steps=20)
+    make_apa(tmp_path / method, steps=20)
+    page = parse(write_report(tmp_path))
+    assert "No policy run yet" not in page.text and f"{method}/config.yaml" in page.text
+
+
 @pytest.mark.parametrize("maker, words", [(make_sft, "Held-out loss"), (make_reward, "ranks 79.7")])
 def test_single_stage(tmp_path: Path, maker: Any, words: str) -> None:
     maker(tmp_path)

@@ -66,6 +66,19 @@ def shown(folder: Path) -> str:
     return page.text
 
 
+def test_what_only_measures_is_no_part_of_a_cost(runs: Path) -> None:
+    """A gold reward of its own, and an evaluation that scores."""
+    account = json.loads((runs / "apa" / "accounting.json").read_text())
+    account["phases"]["gold"] = cost(900.0, 1e6, 7e16, tokens=3)
+    account["phases"]["evaluate"] = cost(10.0, 2e3, 5e16)
+    account["total"]["flops"] += 12e16
+    (runs / "apa" / "accounting.json").write_text(json.dumps(account))
+    assert Cost.of("apa", read_folder(runs / "apa").accounts["apa"]) == Cost(
+        "apa", 90.0, 4e4, 4e15, 20_000.0, 5000.0
+    )
+    assert "44.4 TFLOP/s while training, 4.49% of 989 TFLOP/s" in shown(runs / "apa")
+
+
 def test_the_phases_of_a_run(runs: Path) -> None:
     text = shown(runs / "apa")
     # 4e15 FLOPs in the 90 s that were not evaluation: 44.4 TFLOP/s of 989.

@@ -50,6 +50,10 @@ def test_headline_without_gold_uses_held_out_then_proxy() -> None:
     proxy_only = headline(without_gold())
     assert proxy_only.startswith("Proxy reward rose from 0.050 to 2.310 (+2.260 ± 0.077 at 95%")
     assert proxy_only.endswith("this is the reward the policy was trained on.")
+    compared = {"method": "policy", "names": {"before": "a", "after": "b"}}
+    assert headline(without_gold() | compared).endswith(
+        "this may be the reward the policy was trained on."
+    )
     held = without_gold()
     for side, value in (("before", 1.0), ("after", 1.6)):
         extra = {"reward/held_out": value, "reward/held_out_std": 2.0, "n": 400}

@@ -100,6 +100,19 @@ def test_an_ensemble_on_another_tokenizer(folder: str, tmp_path: Path) -> None:
         source(str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("option", [{"statistic": "min"}, {"coef": 0.5}])
+def test_a_statistic_of_nothing(folder: str, file: Callable[[str], str], option: dict) -> None:
+    path = file("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    with pytest.raises(RunError, match="--statistic and --coef are a reward ensemble's, and"):
+        source(f"{path}:f", **option)
+    assert source(f"{folder},{path}:f", statistic="lcb", coef=0.5).label == "lcb + mine.f"
+
+
+def test_a_coefficient_of_nothing(folder: str) -> None:
+    with pytest.raises(RunError, match="--coef is for lcb and uwo; the statistic is min"):
+        source(folder, statistic="min", coef=0.5)
+
+
 # --- functions and sums ---------------------------------------------------------------------------
 
 

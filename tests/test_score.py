@@ -9,9 +9,12 @@ from labelled_runs import small
 from safetensors.torch import load_file
 
 from fastalign import cli
+from fastalign.commands import bestofn
 from fastalign.commands.score import ScoreConfig, run
 from fastalign.data.source import responses
 from fastalign.data.synthetic import gold_reward
+from fastalign.models import load_tokenizer
+from fastalign.rollout import SamplingConfig
 from fastalign.testing import TOLERANCES
 from fastalign.train.labels import LabelledConfig, load_labelled
 from fastalign.train.run import RunError
@@ -81,6 +84,34 @@ def test_records_that_are_dropped_take_no_others_place(road, tmp_path, write):
     file = tmp_path / "scores.jsonl"
     run(ScoreConfig(data=write(*rows), reward=str(road / "reward" / "model"), output=str(file)))
     assert [x["completion"] for x in read(file)] == [" 1", " 2"]
+
+
+def test_answers_that_were_cut_off_are_scored_as_they_were_sampled(road, tmp_path):
+    """No EOS is put behind them, so the reward is that of `bestofn`, and training is told too."""
+    reward, folder = str(road / "reward" / "model"), tmp_path / "bestofn"
+    bestofn.run(
+        bestofn.BestOfNConfig(
+            policy=str(road / "sft" / "model"),
+            reward=reward,
+            limit=4,
+            n=4,
+            sampling=SamplingConfig(max_new_tokens=6),
+            output=str(folder),
+        )
+    )
+    sampled = [x for x in read(folder / "samples.jsonl") if not x["finished"]]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sampled))
+    run(ScoreConfig(data=str(tmp_path / "cut.jsonl"), reward=reward, output=str(tmp_path / "s")))
+    again = read(tmp_path / "s")
+    assert len(sampled) > 8 and all(x["finished"] is False for x in again)
+    tokenizer = load_tokenizer(reward)
+    as_sampled = 0
+    for x, y in zip(sampled, again, strict=True):
+        # Text that the tokenizer would have written otherwise is another response.
+        if len(tokenizer(x["completion"])["input_ids"]) == x["tokens"]:
+            assert y["reward"] == pytest.approx(x["reward"], abs=100 * FLOAT32)
+            as_sampled += 1
+    assert as_sampled > 4
 
 
 def test_bad_input(road, tmp_path):

@@ -184,6 +184,18 @@ def test_tokenizer_that_adds_bos_and_eos(tokenizer):
     assert bos not in chat.prompt + chat.completion
 
 
+def test_the_text_of_a_prompt_has_no_bos():
+    """Plain or rendered, as rewards that read text get it of responses in data too."""
+    tokenizer = trained("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    tokenizer.bos_token = PAD
+    for prompt in ("Hello?", conversation("Hello?")):
+        (found,) = tokenize_prompts(
+            [Prompt(prompt, "data:1")], tokenizer, LoadReport("data"), max_prompt_length=99
+        )
+        assert found.text == "Hello?"
+    assert found.prompt[0] == tokenizer.bos_token_id
+
+
 def test_template_that_changes_the_prompt_is_refused():
     changing = trained(
         "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -291,6 +303,36 @@ def test_rewards_and_rendered_prompts_are_carried(tokenizer):
     )
     assert prompt.text == "\n\nHuman: Hello?\n\nAssistant:"
     assert tokenizer.decode(prompt.prompt) == prompt.text
+
+
+@pytest.mark.parametrize("template", [None, CHATML, CHATML.replace("nt'] }}", "nt'] | trim }}")])
+def test_a_completion_that_was_cut_off_ends_where_its_text_does(template):
+    """Neither EOS nor what a template closes a turn with; with both, where it is finished."""
+    tokenizer = trained(template, eos=template and "<|im_end|>")
+    report, records = LoadReport("data"), []
+    for finished in (True, False):
+        records += [
+            Completion("a", " b c", None, "data:1", finished),
+            Completion(conversation("a"), answer(" b <|im_end|> b"), None, "data:2", finished),
+        ]
+    kept = tokenize_completions(records, tokenizer, report, max_length=99)
+    for whole, cut in zip(kept[:2], kept[2:], strict=True):
+        assert whole.completion == [*cut.completion, tokenizer.eos_token_id]
+        assert whole.prompt == cut.prompt and tokenizer.eos_token_id not in cut.completion
+    assert tokenizer.decode(kept[2].completion) == " b c"
+    assert report.noted["unfinished, no EOS set"] == 2
+
+
+def test_a_turn_that_was_cut_off_is_not_closed():
+    """By a mark that is not EOS either."""
+    tokenizer = trained(CHATML.replace("<|im_end|>", "</turn>"))
+    records = [
+        Completion(conversation("a"), answer(" b"), None, "data:1", ended)
+        for ended in (True, False)
+    ]
+    found = tokenize_completions(records, tokenizer, LoadReport("data"), max_length=99)
+    texts = [tokenizer.decode(one.completion) for one in found]
+    assert texts == [f" b</turn>\n{EOS}", " b"]
 
 
 def test_mixed_plain_and_conversation_keep_their_order(tokenizer):

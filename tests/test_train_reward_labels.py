@@ -279,6 +279,17 @@ def test_heads_on_a_frozen_encoder_become_one(model, write, tmp_path, caplog):
     assert found["none"] > 0.999 > found["resample"]
 
 
+def test_held_out_losses_are_of_the_heads_as_they_are_trained(model, write, tmp_path):
+    """The heads are standardised before the last evaluation; weights that never move have one
+    loss."""
+    made = records(6)
+    options = {"batch_tokens": 150, "eval_every": 1, "eval_data": write(*made), "head_init": 3.0}
+    reward.train(config(tmp_path / "run", model, write(*made, name="train.jsonl"), **options))
+    losses = [line["loss"] for line in lines_of(tmp_path / "run", "eval")]
+    assert len(losses) > 2
+    assert losses == pytest.approx(losses[:1] * len(losses), rel=100 * FLOAT32)
+
+
 # --- options --------------------------------------------------------------------------------------
 
 WRONG: dict[str, dict[str, Any]] = {

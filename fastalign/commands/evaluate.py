@@ -7,6 +7,7 @@ prompt.
 
 Win rate: the share of pairs (an answer of the policy, one of the baseline to the same prompt) in
 which the policy's has the higher reward, ties counted half; its 95 % interval is over prompts.
+Rewards that differ by rounding only, as those of the same answer in packs of other neighbours, tie.
 
 KL by three estimators: k1 and k3 from the sampled tokens, and `exact`, which sums over the whole
 vocabulary at every state that was visited and so has the least variance.
@@ -37,6 +38,7 @@ from fastalign.theory.interval import wilson
 from fastalign.train import repeat
 from fastalign.train.evaluate import Evaluation, Evaluations, standard_error
 from fastalign.train.experience import spread
+from fastalign.train.guards import FLAT
 from fastalign.train.meter import Meter
 from fastalign.train.online import one_of
 from fastalign.train.reward_source import RewardSource, Scored, make_reward
@@ -100,7 +102,8 @@ def run(config: EvaluateConfig) -> Path:
     claim_folder(folder, overwrite=config.overwrite, resumable=False)
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.policy)
-    check_same_tokenizer(tokenizer, load_tokenizer(config.baseline), config.policy, config.baseline)
+    other = load_tokenizer(config.baseline)
+    check_same_tokenizer(tokenizer, other, config.policy, config.baseline, "baseline")
     rewards = make_reward(config, tokenizer, device)
     judge = None
     if config.judge is not None:
@@ -197,7 +200,7 @@ def measure(
         **{f"kl/{name}": values for name, values in kl.items()},
         "length": torch.tensor([len(r.completion) for r in rollouts]),
         "finished": torch.tensor([r.finished for r in rollouts]),
-        "entropy": segment_sums(entropy, drawn_lengths) / drawn_lengths,
+        "entropy": shares_of_mean(segment_sums(entropy, drawn_lengths), drawn_lengths),
     }
     gold = source.gold_for(config.prompts)
     if gold is not None:
@@ -287,6 +290,13 @@ def per_token(
     return rows_[1], {k: one.values.masked_fill(lost, math.nan) for k, one in found_kl.items()}
 
 
+def shares_of_mean(sums: Tensor, lengths: Tensor) -> Tensor:
+    """[S] float64, whose mean is that of all tokens, as training logs it, m = sum(sums) /
+    sum(lengths), and whose spread is that of the ratio: m + (sum - m length) / mean length."""
+    mean = sums.sum() / lengths.sum()
+    return mean + (sums - mean * lengths) / lengths.double().mean()
+
+
 def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums [N] over answers of these lengths, [S], in float64."""
     answer = torch.arange(len(lengths)).repeat_interleave(lengths)
@@ -350,9 +360,8 @@ def win_rate(ours: Tensor, theirs: Tensor, n_samples: int) -> dict[str, float | 
     Args:
         ours, theirs: [P * n_samples], the answers to a prompt side by side.
     """
-    a = ours.reshape(-1, n_samples, 1)
-    b = theirs.reshape(-1, 1, n_samples)
-    by_prompt = ((a > b).double() + 0.5 * (a == b).double()).mean((1, 2))
+    gap = ours.reshape(-1, n_samples, 1) - theirs.reshape(-1, 1, n_samples)
+    by_prompt = ((gap > FLAT).double() + 0.5 * (gap.abs() <= FLAT).double()).mean((1, 2))
     rate, error = by_prompt.mean().item(), standard_error(by_prompt)
     if error is None:
         return {"rate": rate, "low": None, "high": None, "stderr": None}

@@ -122,4 +122,7 @@ def lines_of(records: list[Completion], labels: Labels) -> list[dict[str, Any]]:
             line["heads"] = heads.tolist()
             if len(heads) > 1:
                 line["disagreement"] = heads.std().item()
+    for line, record in zip(found, records, strict=True):
+        if not record.finished:  # as `generate` and `bestofn` wrote it: no EOS follows
+            line["finished"] = False
     return found

@@ -10,6 +10,7 @@ and counted in the ``LoadReport``. A record that is not what the reader was aske
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastalign.data.forms import (
     Unusable,
     flag_of,
     has,
+    is_finished,
     number_of,
     preference_of,
     prompt_of,
@@ -55,12 +57,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """A response to a prompt, with its reward where the data carry one."""
+    """A response to a prompt, with its reward where the data carry one. One that is not
+    ``finished`` was cut off while it was sampled: its text goes on, so no EOS follows it."""
 
     prompt: Text
     completion: Text
     reward: float | None
     source: str
+    finished: bool = True
 
 
 @dataclass
@@ -77,6 +81,8 @@ class LoadReport:
     truncated: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
+    limit: int | None = None
+    """How many records were asked for, where there were as many: there may be more."""
 
     def drop(self, reason: str, source: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -92,7 +98,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         total = self.kept + sum(self.dropped.values())
-        parts = [f"{self.source}: kept {self.kept:,} of {total:,}"]
+        stopped = "" if self.limit is None else f" (limit {self.limit:,})"
+        parts = [f"{self.source}: kept {self.kept:,} of {total:,}{stopped}"]
         for word in ("dropped", "truncated", "noted"):
             counts: dict[str, int] = getattr(self, word)
             if counts:
@@ -124,7 +131,7 @@ def read_preferences(
     """
     report = LoadReport(source)
     pairs = []
-    for record, where in read_records(source, split=split, lines=lines, limit=limit):
+    for record, where in _records(report, split, lines, limit):
         if not has(record, "chosen", "rejected"):
             raise wrong_keys(record, where, "preferences")
         try:
@@ -148,7 +155,7 @@ def read_prompts(
     report = LoadReport(source)
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for record, where in read_records(source, split=split, lines=lines, limit=limit):
+    for record, where in _records(report, split, lines, limit):
         try:
             prompt, derived = prompt_of(record, where)
         except Unusable as why:
@@ -181,7 +188,7 @@ def read_completions(
     """
     report = LoadReport(source)
     found = []
-    for record, where in read_records(source, split=split, lines=lines, limit=limit):
+    for record, where in _records(report, split, lines, limit):
         reward = reward_of(record, where, require_reward)
         try:
             prompt, *responses = responses_of(record, where)
@@ -189,8 +196,20 @@ def read_completions(
             report.drop(str(why), where)
         else:
             kept = responses if rejected else responses[:1]
-            found += [Completion(prompt, response, reward, where) for response in kept]
+            finished = is_finished(record)
+            found += [Completion(prompt, response, reward, where, finished) for response in kept]
     return _finish(found, report), report
+
+
+def _records(
+    report: LoadReport, split: str | None, lines: str | None, limit: int | None
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The source's records; the report says where it was the limit that ended them."""
+    read = 0
+    for found in read_records(report.source, split=split, lines=lines, limit=limit):
+        read += 1
+        yield found
+    report.limit = limit if read == limit else None
 
 
 def _finish(kept: list[Any], report: LoadReport) -> list[Any]:

@@ -228,6 +228,11 @@ def number_of(record: dict[str, Any], name: str, where: str) -> float | None:
     return float(value)
 
 
+def is_finished(record: dict[str, Any]) -> bool:
+    """False for a completion that says ``"finished": false``, as sampling commands write it."""
+    return not (has(record, "completion") and record.get("finished") is False)
+
+
 def flag_of(record: dict[str, Any], key: str, where: str) -> bool | None:
     """A record's true or false; None where it has none."""
     value = record.get(key)

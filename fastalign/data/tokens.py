@@ -5,8 +5,8 @@ completion ids those of the completion alone. Conversations: the chat template r
 with the generation prompt, and prompt and answer together; the completion is what the second adds
 to the first. Prompt and completion are tokenized apart, as they are when a model generates.
 
-Every completion ends in exactly one EOS, unless it was cut to fit: then it has none, because the
-text did not end there, and the report counts it.
+Every completion ends in exactly one EOS, unless it was cut, here to fit or while it was sampled:
+then it has none, because the text did not end there, and the report counts it.
 
 Special tokens come from the tokenizer and the chat template only. Their strings within a record
 ("<|endoftext|>" typed by a user) are ordinary text, in plain records and in messages alike:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Rendered = tuple[list[int], list[int]]
 
+UNFINISHED = "unfinished, no EOS set"
 EQUAL_AFTER_CUT = "chosen equals rejected after truncation"
 
 
@@ -50,8 +51,8 @@ class TokenizedCompletion:
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """``text`` is the prompt as the model reads it, chat template applied; ``record`` what it was
-    made from."""
+    """``text`` is the prompt as the model reads it, chat template applied, without BOS; ``record``
+    what it was made from."""
 
     prompt: list[int]
     text: str
@@ -114,13 +115,19 @@ def tokenize_completions(
     """Tokenizes responses; arguments and errors are those of ``tokenize_preferences``."""
     limit = _prompt_limit(max_length, max_prompt_length)
     spelling = Spelling(tokenizer)
-    rendered = _render([(r.prompt, r.completion, r.source) for r in records], spelling)
+    rendered = _render(
+        [(r.prompt, r.completion, r.source) for r in records],
+        spelling,
+        finished=[r.finished for r in records],
+    )
     kept = []
     for record, (prompt, completion) in zip(records, rendered, strict=True):
         if _prompt_fits(prompt, limit, record.source, report):
             room = max_length - len(prompt)
             response = spelling.without_eos(record.completion)
             spelling.note(report, record.source, record.prompt, response)
+            if not record.finished:
+                report.note(UNFINISHED, record.source)
             _count_cut(completion, room, "completion", max_length, record.source, report)
             kept.append(TokenizedCompletion(prompt, completion[:room], record.reward))
     return _finish(kept, report)
@@ -141,7 +148,9 @@ def tokenize_prompts(
     for record, text, ids in zip(records, texts, _prompt_ids(texts, plain, spelling), strict=True):
         if _prompt_fits(ids, max_prompt_length, record.source, report):
             spelling.note(report, record.source, record.prompt)
-            written = text if isinstance(record.prompt, str) else spelling.unmarked(text)
+            written = text
+            if not isinstance(record.prompt, str):
+                written = spelling.unmarked(text).removeprefix(tokenizer.bos_token or "")
             kept.append(TokenizedPrompt(ids, written, record))
     return _finish(kept, report)
 
@@ -156,14 +165,20 @@ def _prompt_limit(max_length: int, max_prompt_length: int | None) -> int:
     return limit
 
 
-def _render(records: list[tuple[Text, Text, str]], spelling: Spelling) -> list[Rendered]:
-    """(prompt, response, source) -> (prompt ids, response ids with one EOS at the end)."""
+def _render(
+    records: list[tuple[Text, Text, str]],
+    spelling: Spelling,
+    finished: Sequence[bool] | None = None,
+) -> list[Rendered]:
+    """(prompt, response, source) -> (prompt ids, response ids with one EOS at the end, and with
+    nothing after the text where they are not `finished`)."""
+    finished = [True] * len(records) if finished is None else finished
     tokenizer = spelling.tokenizer
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise DataError("the tokenizer has no EOS token, so a model could not learn to stop")
     prompts, responses = [], []
-    for prompt, response, source in records:
+    for (prompt, response, source), ended in zip(records, finished, strict=True):
         text = _prompt_text(prompt, spelling, source)
         prompts.append(text)
         response = spelling.without_eos(response)
@@ -177,14 +192,26 @@ def _render(records: list[tuple[Text, Text, str]], spelling: Spelling) -> list[R
                 f"{source}: the tokenizer's chat template renders the prompt differently when the "
                 "answer follows, so the answer's tokens cannot be told apart from the prompt's"
             )
-        responses.append(whole[len(text) :])
+        added = whole[len(text) :]
+        if not ended:
+            added = _open(added, spelling.marked(response[-1]["content"]))
+        responses.append(added)
     plain = [isinstance(prompt, str) for prompt, _, _ in records]
     prompt_ids = _prompt_ids(prompts, plain, spelling)
     response_ids = _encode(responses, plain, spelling, special=False)
+    closed = [_ended(response, eos, tokenizer) for response in response_ids]
     return [
-        (prompt, _ended(response, eos, tokenizer))
-        for prompt, response in zip(prompt_ids, response_ids, strict=True)
+        (prompt, response if ended else response[:-1])
+        for prompt, response, ended in zip(prompt_ids, closed, finished, strict=True)
     ]
+
+
+def _open(rendered: str, content: str) -> str:
+    """An answer as the template renders it, without what the template closes the turn with."""
+    for text in (content, content.strip()):  # some templates strip it
+        if text in rendered:
+            return rendered[: rendered.rindex(text) + len(text)]
+    return rendered
 
 
 def _prompt_text(prompt: Text, spelling: Spelling, source: str) -> str:

@@ -24,6 +24,7 @@ class Unpaired:
     completion: Text
     label: bool
     source: str
+    finished: bool = True
 
 
 def is_paired(source: str, split: str | None = None, lines: str | None = None) -> bool:
@@ -55,4 +56,4 @@ def read_unpaired(
 
 
 def _labelled(record: Completion, label: bool) -> Unpaired:
-    return Unpaired(record.prompt, record.completion, label, record.source)
+    return Unpaired(record.prompt, record.completion, label, record.source, record.finished)

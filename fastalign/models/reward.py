@@ -169,18 +169,23 @@ class RewardEnsemble(nn.Module):
         self.scale *= std.clamp_min(1e-6)
 
 
-def check_same_tokenizer(policy: Any, reward: Any, policy_name: str, reward_name: str) -> None:
-    """Token ids go from policy to reward model as they are: both must mean the same by them.
+def check_same_tokenizer(
+    policy: Any, other: Any, policy_name: str, other_name: str, role: str = "reward model"
+) -> None:
+    """Token ids go from the policy to another model as they are: both must mean the same by them.
+
+    Args:
+        role: what the other model is to the policy.
 
     Raises:
         UserError: the vocabularies differ; says how.
     """
-    ours, theirs = policy.get_vocab(), reward.get_vocab()
+    ours, theirs = policy.get_vocab(), other.get_vocab()
     if ours == theirs:
         return
     differ = sum(1 for token, i in ours.items() if theirs.get(token) != i)
     raise UserError(
-        f"the policy {policy_name!r} and the reward model {reward_name!r} have different "
+        f"the policy {policy_name!r} and the {role} {other_name!r} have different "
         f"tokenizers ({len(ours)} and {len(theirs)} tokens, {differ} of the policy's differ): "
-        "train the reward model on the policy's tokenizer"
+        f"train the {role} on the policy's tokenizer"
     )

@@ -1,7 +1,7 @@
 """What a run cost, by phase, and what several runs cost beside each other.
 
-A run's cost is that of its training: evaluations and checkpoints have lines of their own in the
-table of phases and are no part of a comparison.
+A run's cost is that of its training: evaluations, checkpoints and a gold reward have lines of their
+own in the table of phases and are no part of a comparison.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastalign.report.compare import number
 from fastalign.report.markup import duration, safe
 from fastalign.report.read import Accounting, Road
 
-OUTSIDE = ("evaluate", "checkpoint")
+OUTSIDE = ("evaluate", "checkpoint", "gold")
 ORDER = ("generate", "score", "reference", "value", "update", "other", *OUTSIDE)
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -116,12 +116,9 @@ def _phases(account: Accounting) -> str:
 
 def _caption(account: Accounting) -> str:
     said = [f"Energy: {account.energy}." if account.energy else "Nothing measured energy."]
-    total, peak = account.total, account.peak_flops
-    spent = sum(
-        cost.get("seconds", 0.0) for name, cost in account.phases.items() if name not in OUTSIDE
-    )
-    if peak and spent and math.isfinite(total.get("flops", math.nan)):
-        rate = total["flops"] / spent
+    spent, peak = Cost.of("", account), account.peak_flops
+    if peak and spent.seconds and math.isfinite(spent.flops):
+        rate = spent.flops / spent.seconds
         said.append(
             f"{scaled(rate, 'FLOP/s')} while training, {share(rate / peak)} of "
             f"{scaled(peak, 'FLOP/s')} ({account.peak_source})."
@@ -145,7 +142,7 @@ def _runs(costs: list[Cost]) -> str:
         ]
         for cost in costs
     ]
-    words = "Training alone: without evaluations and checkpoints."
+    words = "Training alone: without evaluations, checkpoints and a gold reward."
     return f'<p class="lede">{words}</p>{_table(heads, rows)}'
 
 

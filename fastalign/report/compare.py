@@ -110,6 +110,11 @@ def reference_of(evaluation: dict[str, Any] | None) -> str:
     return "SFT" if names_of(evaluation)[1] is None else "baseline"
 
 
+def is_comparison(evaluation: dict[str, Any]) -> bool:
+    """Whether two models were compared without training: nobody said what they were trained on."""
+    return evaluation.get("method") == "policy"
+
+
 def comparison_rows(evaluation: dict[str, Any]) -> list[Row]:
     """The rows of the before/after table, for what was recorded on either side."""
     statistic = str(evaluation.get("proxy", "ensemble"))
@@ -121,7 +126,9 @@ def comparison_rows(evaluation: dict[str, Any]) -> list[Row]:
             "reward/proxy",
             f"Proxy reward ({statistic})",
             "reward",
-            "the ensemble statistic that was maximised",
+            "the reward that was asked for"
+            if is_comparison(evaluation)
+            else "the ensemble statistic that was maximised",
         ),
         ("kl/k1", f"KL to {base}, k1", "nats / response", f"mean of log π/π_{base}; unbiased"),
         (
@@ -205,8 +212,10 @@ def sentences(evaluation: dict[str, Any]) -> list[str]:
         said.append(f"By that reward it wins {100 * won['rate']:.0f}% of the pairs{margin}.")
     proxy = rows.get("reward/proxy")
     if row.key == "reward/proxy":
+        known = "may be" if is_comparison(evaluation) else "is"
         said.append(
-            "No gold or held-out reward was measured: this is the reward the policy was trained on."
+            f"No gold or held-out reward was measured: this {known} the reward the policy was "
+            "trained on."
         )
     elif proxy is not None and proxy.verdict == "rose" and row.verdict in ("fell", "within noise"):
         price = "at the expense of the goal" if row.verdict == "fell" else "only"

@@ -19,7 +19,10 @@ import numpy as np
 
 from fastalign.errors import UserError
 
-POLICY_METHODS = ("apa", "ppo", "awr", "grpo", "dpo", "rwr", "mle", "dt")
+POLICY_METHODS = (
+    *("apa", "ppo", "awr", "grpo", "dpo"),
+    *("rwr", "mle", "dt", "apa-offline", "awr-offline"),
+)
 
 
 class ReportError(UserError):

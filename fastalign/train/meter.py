@@ -176,6 +176,11 @@ class Meter:
             if name != "other":
                 self.totals.setdefault(name, Cost()).add(cost)
 
+    def seconds(self) -> float:
+        """Of the run so far, with those before it was resumed."""
+        self._spend(self._phase)
+        return sum(cost.seconds for cost in self.totals.values())
+
     def skip(self) -> None:
         """What passed since the last step is no step's: reading a checkpoint, filling a cache."""
         self._spend(self._phase)

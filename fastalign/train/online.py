@@ -13,7 +13,6 @@ own name.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -374,7 +373,7 @@ def train(config: OnlineConfig, method: Method) -> Path:
             "n_prompts": len(held_out),
             "n_samples": config.eval_samples,
             **repeat.facts(device),
-            "seconds": {"total": time.monotonic() - run.started},
+            "seconds": {"total": run.meter.seconds()},
         }
         if run.is_main:
             evaluations.write(run.folder, facts)

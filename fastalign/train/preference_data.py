@@ -200,7 +200,9 @@ def load_examples(
     if single and source.synthetic_task(name) is None and not is_paired(name, split, lines):
         found, report = read_unpaired(name, split=split, lines=lines, limit=limit)
         # The label travels through tokenization, which may drop records, as a reward of 1 or 0.
-        texts = [Completion(r.prompt, r.completion, float(r.label), r.source) for r in found]
+        texts = [
+            Completion(r.prompt, r.completion, float(r.label), r.source, r.finished) for r in found
+        ]
         ids = tokenize_completions(texts, tokenizer, report, max_length=max_length)
         log.info("%s", report)
         return found, singles(ids, [r.reward == 1.0 for r in ids], split=False, **form)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from typing import Any
 
@@ -57,4 +58,4 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """The command that started this process, to repeat it."""
-    return "fastalign " + " ".join(sys.argv[1:])
+    return shlex.join(["fastalign", *sys.argv[1:]])

@@ -77,13 +77,16 @@ def score_pairs(
 def evaluate(
     ensemble: RewardEnsemble, pairs: list[TokenizedPreference], micro_tokens: int, dtype: str
 ) -> dict[str, float]:
-    """Held-out loss, and the accuracy of every head and of the ensemble with a 95 % interval."""
+    """Held-out Bradley-Terry loss, and the accuracy of every head and of the ensemble with a 95 %
+    interval."""
     chosen, rejected = score_pairs(ensemble, pairs, micro_tokens, dtype)
+    # Of the heads as they are trained, whether they are standardised already or not.
+    scale = ensemble.scale.cpu()
     right = (chosen > rejected).float()
     together = (ensemble.reduce(chosen) > ensemble.reduce(rejected)).float().mean().item()
     disagreement = torch.cat([chosen, rejected])
     metrics = {
-        "loss": ops.bradley_terry_loss(chosen, rejected).item(),
+        "loss": ops.bradley_terry_loss(chosen * scale, rejected * scale).item(),
         "accuracy": together,
         "accuracy/ci95": 1.96 * math.sqrt(max(together * (1 - together), 1e-12) / len(pairs)),
         "disagreement": disagreement.std(1).mean().item() if ensemble.config.n_heads > 1 else 0.0,

@@ -142,10 +142,16 @@ def make_reward(config: RewardOptions, tokenizer: Any, device: torch.device) -> 
         device: of the ensemble.
 
     Raises:
-        UserError: an entry that makes no sense; no ensemble there, or one on another tokenizer; no
-            such file or function, or a file that fails while it is read.
+        UserError: an entry that makes no sense; a statistic or coefficient that nothing uses; no
+            ensemble there, or one on another tokenizer; no such file or function, or a file that
+            fails while it is read.
     """
     entries = parse_reward(config.reward)
+    given = (config.statistic, config.coef) != (None, None)
+    if given and all(entry.function is not None for entry in entries):
+        raise RunError(
+            f"--statistic and --coef are a reward ensemble's, and --reward {config.reward} has none"
+        )
     return _made(entries, config, config.statistic, config.coef, tokenizer, device, "--reward")
 
 
@@ -200,6 +206,8 @@ def load_ensemble(
         return FullEnsemble(models, statistic, coef).requires_grad_(False).eval()
     kept = asdict(models[0].config)
     kept |= {"statistic": statistic or kept["statistic"]}
+    if coef is not None and kept["statistic"] not in ("lcb", "uwo"):
+        raise RunError(f"--coef is for lcb and uwo; the statistic is {kept['statistic']}")
     kept |= {"coef": kept["coef"] if coef is None else coef}
     models[0].config = EnsembleConfig(**kept)
     return models[0].requires_grad_(False).eval()

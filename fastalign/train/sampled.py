@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -210,7 +209,7 @@ class Sampled:
             "n_prompts": len(self.prompts),
             "n_samples": self.config.eval_samples,
             **repeat.facts(self.policy.head_weight.device),
-            "seconds": {"total": time.monotonic() - run.started},
+            "seconds": {"total": run.meter.seconds()},
         }
         self.found.write(run.folder, facts)
 
