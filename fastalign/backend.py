@@ -9,9 +9,12 @@ something else in silence.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +95,28 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
             f"{op}: expected tensors without tangents (torch.func.jvp, dual numbers): there is a "
             "backward derivative only"
         )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` of an op whose slopes are constants to autograd: a second derivative raises.
+
+    torch's decorator of this name looks at the upstream gradients only. A loss has one that needs
+    no gradient, and what is made of the loss's gradient, a penalty of its norm, would be a constant
+    in silence.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        refuse: Any = torch._C._functions.DelayedError(
+            b"fastalign: trying to differentiate twice an op that is once_differentiable", len(found)
+        )
+        return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
+
+    return wrapper
 
 
 def choose(op: str, tensor: Tensor) -> str:

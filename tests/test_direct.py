@@ -232,6 +232,42 @@ def test_upstream_factors_and_second_derivatives(name: str) -> None:
         slope.sum().backward()
 
 
+def heads(b: dict[str, Tensor]) -> Tensor:
+    weight = b["ref_logp"][:10].view(2, 5)
+    return fa.ops.reward_heads(b["logp"][:40].view(8, 5), weight, reduce="mean")[1].sum()
+
+
+def head(b: dict[str, Tensor]) -> Tensor:
+    weight, targets = b["ref_logp"][:30].view(6, 5), torch.arange(8) % 6
+    return fa.ops.linear_loss(b["logp"][:40].view(8, 5), weight, targets, fa.losses.MLE(), {}).loss
+
+
+@pytest.mark.parametrize("by_op", [False, True])
+@pytest.mark.parametrize("name", [*CALLS, "reward_heads", "linear_loss"])
+def test_a_penalty_of_the_gradient_is_refused(
+    name: str, by_op: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the loss ends the graph no upstream gradient requires one, and the slopes would still
+    be constants."""
+    if by_op and name in CALLS:  # as tensor subclasses have it
+        module = importlib.import_module(f"fastalign.ops.{name.split()[0]}")
+        monkeypatch.setattr(module, "plain", lambda x: False)
+    b = batch(41)
+    leaf = b["logp"].requires_grad_()
+    call = CALLS.get(name) or {"reward_heads": heads, "linear_loss": head}[name]
+    (slope,) = torch.autograd.grad(call(b), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|no autograd formula"):
+        (slope.square().sum() + leaf.sum()).backward()
+
+
+def test_the_slope_of_k1_may_be_differentiated() -> None:
+    """It is a constant: of the penalty nothing reaches the log-probs."""
+    leaf, ref = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True), torch.ones(3).bfloat16()
+    (slope,) = torch.autograd.grad(kl_estimate(leaf, ref, "k1").sum(), leaf, create_graph=True)
+    (slope.square().sum() + leaf.sum()).backward()
+    assert leaf.grad is not None and leaf.grad.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_k1_is_contiguous_and_has_both_gradients() -> None:
     logp, ref_logp = torch.randn(2, 6, 4).requires_grad_().unbind()
     estimate = kl_estimate(logp.t(), ref_logp.t(), "k1")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from preferences import ALL, LOSSES, batch, device_of, run
+from torch import Tensor
 
 import fastalign as fa
 from fastalign.losses import DPO, KTO, XPO, SimPO
@@ -114,6 +115,11 @@ def test_a_pair_does_not_depend_on_its_neighbours(backend: str) -> None:
     assert torch.equal(part["gradient"], whole["gradient"][2200:])
 
 
+class Weighted(DPO):
+    def __call__(self, *args: Any, **inputs: Any) -> Tensor:
+        return 2.0 * super().__call__(*args, **inputs)
+
+
 P, BOUNDS = torch.zeros(9), torch.tensor([0, 4, 9])
 FLAGS = torch.tensor([True, False])
 
@@ -122,6 +128,7 @@ FLAGS = torch.tensor([True, False])
     "loss, args, kwargs, message",
     [
         (fa.losses.PPO(), (P, BOUNDS), {}, r"expected a preference loss .*, got PPO"),
+        (Weighted(), (P, BOUNDS), {"ref_logp": P}, r"expected a preference loss .*, got Weighted"),
         (
             DPO(),
             (P, BOUNDS),

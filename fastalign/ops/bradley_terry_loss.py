@@ -29,9 +29,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastalign.backend import CPP_BUILT, choose, plain, refuse_forward_mode
+from fastalign.backend import CPP_BUILT, choose, once_differentiable, plain, refuse_forward_mode
 from fastalign.ops.direct import CODES, address, dense, direct
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
@@ -200,7 +199,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> Any:
 
 
 torch.library.register_autograd(
-    "fastalign::bradley_terry_loss", _backward, setup_context=_setup_context
+    "fastalign::bradley_terry_loss", once_differentiable(_backward), setup_context=_setup_context
 )
 
 

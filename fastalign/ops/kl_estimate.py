@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastalign.backend import CPP_BUILT, choose, plain, refuse_forward_mode
+from fastalign.backend import CPP_BUILT, choose, once_differentiable, plain, refuse_forward_mode
 from fastalign.ops.direct import CODES, dense, direct
 from fastalign.ops.token_logprobs import FLOAT_DTYPES, accumulation_dtype
 
@@ -147,8 +146,9 @@ class _KlEstimate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        # A second derivative would be wrong in silence.
-        compute = _backward_once if torch.is_grad_enabled() else _backward
+        # A second derivative would be wrong in silence, but for k1, whose slope is a constant.
+        refuse = torch.is_grad_enabled() and ctx.kind != "k1"
+        compute = _backward_once if refuse else _backward
         return compute(ctx, grads[0], _computed_backward)
 
 

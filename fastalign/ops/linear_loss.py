@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastalign.backend import once_differentiable
 from fastalign.ops.linear_logprobs import linear_logprobs_reference
 from fastalign.ops.linear_loss_call import Loss, accepted
 from fastalign.ops.linear_loss_checks import (

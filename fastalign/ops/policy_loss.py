@@ -27,9 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastalign.backend import CPP_BUILT, choose, plain, refuse_forward_mode
+from fastalign.backend import CPP_BUILT, choose, once_differentiable, plain, refuse_forward_mode
 from fastalign.losses.value import ValueLoss
 from fastalign.ops.direct import address, dense, direct
 from fastalign.ops.policy_reduce import (
@@ -172,7 +171,9 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> Any:
     return None, None, None, logp, entropy, *[None] * 5, values, *[None] * 4
 
 
-torch.library.register_autograd("fastalign::policy_loss", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "fastalign::policy_loss", once_differentiable(_backward), setup_context=_setup_context
+)
 
 
 def _computed_on_cpu(

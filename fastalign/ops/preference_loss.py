@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastalign.backend import CPP_BUILT, choose, plain, refuse_forward_mode
+from fastalign.backend import CPP_BUILT, choose, once_differentiable, plain, refuse_forward_mode
 from fastalign.losses.grpo import sequence_of_token
 from fastalign.losses.inputs import wide
 from fastalign.losses.preference import PreferenceLoss
@@ -257,7 +256,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
 
 
 torch.library.register_autograd(
-    "fastalign::preference_loss", _backward, setup_context=_setup_context
+    "fastalign::preference_loss", once_differentiable(_backward), setup_context=_setup_context
 )
 
 
@@ -331,7 +330,9 @@ def preference_loss(
         ValueError: a loss that is no preference loss of this package, missing or unknown inputs,
             shapes, dtypes or devices that do not fit.
     """
-    if not isinstance(loss, PreferenceLoss):
+    # A subclass with a call of its own has its own maths.
+    known = isinstance(loss, PreferenceLoss) and type(loss).__call__ is PreferenceLoss.__call__
+    if not known:
         raise ValueError(f"{OP}: expected a preference loss of fastalign.losses, got {loss!r}")
     refuse_forward_mode(OP, logp)
     layout = check_layout(OP, logp, "logp", mask, cu_seqlens)

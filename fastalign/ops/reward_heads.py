@@ -25,10 +25,8 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
-from fastalign.backend import choose, refuse_forward_mode
+from fastalign.backend import choose, once_differentiable, plain, refuse_forward_mode
 from fastalign.ops.reduce_scores import (
     MAX_HEADS,
     check_statistic,
@@ -382,8 +380,7 @@ def reward_heads(
             )
     refuse_forward_mode("reward_heads", hidden, weight, bias)
     number = 0.0 if reduce is None else check_statistic("reward_heads", reduce, coef)
-    # Tracers, and tensors that only stand for others, need the op.
-    if type(hidden) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+    if not plain(hidden):
         call: Any = _reward_heads
     else:
         call = _RewardHeads.apply if torch.is_grad_enabled() else _computed
