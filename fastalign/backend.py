@@ -112,7 +112,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return found
         refuse: Any = torch._C._functions.DelayedError(
-            b"fastalign: trying to differentiate twice an op that is once_differentiable", len(found)
+            b"trying to differentiate twice an op that is once_differentiable", len(found)
         )
         return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
 

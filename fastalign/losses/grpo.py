@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.losses.inputs import constants, require, wide
+from fastalign.losses.inputs import constants, require, sequence_offsets, wide
 from fastalign.losses.ratio import (
     Band,
     bounded,
@@ -170,6 +170,7 @@ class GRPO:
                 f"GRPO: expected logp [N] and cu_seqlens [S + 1] for gspo, "
                 f"got logp {tuple(logp.shape)} and cu_seqlens {got}"
             )
+        offsets = sequence_offsets("GRPO", offsets, logp)
         names = tuple(name for name in self.required if name != "cu_seqlens")
         sequences = offsets.shape[0] - 1
         found = constants(self, logp, rest, names, self.optional, sequences)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.losses.inputs import constants, require, wide
+from fastalign.losses.inputs import constants, require, sequence_offsets, wide
 from fastalign.losses.preference_terms import (
     PREFERENCE_KINDS,
     PreferenceForm,
@@ -104,6 +104,7 @@ class PreferenceLoss(ABC):
             )
         flags = None if self.flags_name is None else own[self.flags_name]
         self.check_extras(name, offsets.shape[0] - 1, flags, z0)
+        offsets = sequence_offsets(name, offsets, logp)
         return (
             responses(self.form, wide(logp), found.get("ref_logp"), offsets),
             None if flags is None else flags.to(torch.bool),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalign.losses.awr import effective_sample_size
 from fastalign.losses.grpo import check_reading, sequence_of_token
-from fastalign.losses.inputs import constants, wide
+from fastalign.losses.inputs import constants, sequence_offsets, wide
 from fastalign.losses.ratio import exact_kl_coef
 from fastalign.losses.value import ValueLoss
 from fastalign.ops.direct import Statistics, direct
@@ -71,8 +71,7 @@ def check_layout(
             raise ValueError(f"{op}: expected a bool or integer mask, got {mask.dtype}")
         mask = mask if mask.dtype == torch.bool else mask != 0
     if cu_seqlens is not None:
-        _check_offsets(op, cu_seqlens, x)
-        cu_seqlens = cu_seqlens.to(torch.int64)
+        cu_seqlens = sequence_offsets(op, cu_seqlens, x)
     return Layout(x.shape, mask, cu_seqlens)
 
 
@@ -83,26 +82,6 @@ def check_like(op: str, name: str, x: Tensor, like: Tensor, of: str) -> None:
             f"{op}: expected {name} like {of}, {tuple(like.shape)} on {like.device}, "
             f"got {tuple(x.shape)} on {x.device}"
         )
-
-
-def _check_offsets(op: str, cu_seqlens: Tensor, x: Tensor) -> None:
-    if (
-        cu_seqlens.dim() != 1
-        or cu_seqlens.shape[0] < 1
-        or cu_seqlens.dtype not in (torch.int32, torch.int64)
-        or cu_seqlens.device != x.device
-    ):
-        raise ValueError(
-            f"{op}: expected cu_seqlens [S + 1] of int32 or int64 on {x.device}, "
-            f"got shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype} on {cu_seqlens.device}"
-        )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
-            raise ValueError(
-                f"{op}: expected cu_seqlens to rise from 0 to N = {len(x)}, "
-                f"got {bounds[:3]}..{bounds[-1]}"
-            )
 
 
 class Traits(NamedTuple):
