@@ -151,7 +151,7 @@ def _reward_heads_bwd_kernel(
         g_ptr = dscores_ptr + places[:, None] * heads
         mask = known[:, None] & (d < width)[None, :]
         if HAS_DWEIGHT:
-            g_mask = mine[:, None] & (columns < heads)[None, :]
+            g_mask = known[:, None] & (columns < heads)[None, :]
             g = tl.load(g_ptr + columns[None, :], mask=g_mask, other=0.0)
             x = tl.load(
                 hidden_ptr + rows[:, None] * stride_hidden_n + d[None, :], mask=mask, other=0.0

@@ -1,5 +1,6 @@
-"""What the kernels of gae.py read: where sequences and their chunks are, their rates, and tokens as
-the affine maps A -> scale * A + shift that compose from the end to the start."""
+"""What the kernels of gae.py read: where sequences and their chunks are (token_rewards.py asks it,
+too), their rates, and tokens as the affine maps A -> scale * A + shift that compose from the end to
+the start."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign.kernels._device import kl_k3
+from fastalign.kernels.scan_inputs import sequence_of
 
 BLOCK_T = 1024
 CHUNK = 4096  # tokens of one program when sequences are split
@@ -67,7 +68,7 @@ def _any_kept_from(mask_ptr, t, length, HAS_MASK: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit(**GENERIC)
 def _token_rewards_kernel(
-    logp_ptr,  # [B, n_steps] or [N], as ref_logp and dpo_logp
+    logp_ptr,  # [B, n_steps] or [n_steps], as ref_logp and dpo_logp
     ref_logp_ptr,
     scores_ptr,  # [rows] float32
     dpo_logp_ptr,  # read with HAS_DPO
@@ -94,12 +95,8 @@ def _token_rewards_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    if PACKED:
-        begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + row + 1) - begin).to(tl.int32)
-    else:
-        begin = row * n_steps
-        length = n_steps
+    begin, length = sequence_of(cu_seqlens_ptr, n_steps, row, True, PACKED)
+    length = length.to(tl.int32)
     logp_ptr += begin
     ref_logp_ptr += begin
     dpo_logp_ptr += begin

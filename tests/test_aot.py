@@ -38,7 +38,7 @@ BUDGETS = {
     "_scan_chunk_kernel": (88, 256),
     "_statistics_kernel": (96, 32),
     "_reward_heads_kernel": (208, 40_960),
-    "_reward_heads_bwd_kernel": (255, 23_568),
+    "_reward_heads_bwd_kernel": (255, 24_576),
     "_dscores_kernel": (96, 1_024),
     "_fold_kernel": (48, 0),
     "_reduce_scores_kernel": (48, 1_024),

@@ -130,11 +130,15 @@ def test_an_index_outside_the_rows_is_never_a_number() -> None:
             reward_heads(hidden, weight, index=index)
         device = device_of("triton")
         inputs = (hidden.to(device), weight.to(device), None, index.to(device))
-        g = (torch.ones(2, 3, device=device), None, None)
-        scores, reduced, std, dhidden, _, _ = run("triton", inputs, "min", g)
+        g = tuple(torch.ones(shape, device=device) for shape in ((2, 3), 2, 2))
+        scores, reduced, std, *gradients = run("triton", inputs, "min", g)
         assert scores[1].isnan().all() and reduced[1].isnan() and std[1].isnan()
         assert scores[0].isfinite().all() and reduced[0].isfinite()
-        assert dhidden[[0, 2, 3]].abs().max() == 0.0 < dhidden[1].abs().max()
+        known = (*inputs[:3], index[:1].to(device))
+        of_known = run("triton", known, "min", tuple(x[:1] for x in g))[3:]
+        assert of_known[0].abs().max() > 0.0
+        for got, want in zip(gradients, of_known, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("index", [[1, 2, 5], [5, 1, 2], [0, 7, 7, 3], [4]], ids=str)

@@ -382,6 +382,21 @@ def test_every_instruction_set(isa: str) -> None:
     assert done.stdout == "passed\n", done.stderr
 
 
+def test_offsets_nobody_looked_at_are_cut_off() -> None:
+    """On a GPU nobody does: what they mark outside of the tensors is neither read nor written."""
+    from fastalign.kernels.token_rewards import token_rewards_fwd
+
+    device = device_of("triton")
+    logp, ref_logp = -torch.rand(2, 20, device=device)
+    scores, numbers = torch.tensor([2.0, 3.0], device=device), (0, 0.1, 1e9, 0.0, 1e9, 0.0)
+
+    def rewards(bounds: list[int]) -> Tensor:
+        offsets = torch.tensor(bounds, device=device)
+        return token_rewards_fwd(logp, ref_logp, scores, None, None, None, offsets, *numbers)[0]
+
+    assert torch.equal(rewards([-3, 5, 24]), rewards([0, 5, 20]))
+
+
 def test_opcheck_and_compile() -> None:
     x = make(5, (5, 9), torch.float32, "cpu")
     offsets, numbers = torch.tensor([0, 9, 9, 45]), (0.1, 1.0, 0.3, 0.1, 0.5)
