@@ -17,24 +17,34 @@ struct Statistic {
   float std_coef, variance_coef;
 };
 
+// `off` is the mean of the distances from the first score.
 struct Moments {
-  float mean, variance, std;
+  float mean, off, variance, std;
 };
 
 struct Middle {
   float lower, upper;
 };
 
+// From the mean, by way of the first score: equal scores are 0 from it, and not from a mean that is rounded.
+inline float deviation(const float* scores, int64_t k, float off) { return (scores[k] - scores[0]) - off; }
+
 inline Moments moments_of(const float* scores, int64_t heads) {
-  float sum = 0.0f, squares = 0.0f;
-  for (int64_t k = 0; k < heads; ++k) sum += scores[k];
-  const float mean = sum / static_cast<float>(heads);
-  if (heads == 1) {
-    return {mean, 0.0f, 0.0f};
+  float sum = 0.0f, apart = 0.0f, squares = 0.0f;
+  for (int64_t k = 0; k < heads; ++k) {
+    sum += scores[k];
+    apart += scores[k] - scores[0];
   }
-  for (int64_t k = 0; k < heads; ++k) squares += (scores[k] - mean) * (scores[k] - mean);
+  const float mean = sum / static_cast<float>(heads), off = apart / static_cast<float>(heads);
+  if (heads == 1) {
+    return {mean, 0.0f, 0.0f, 0.0f};
+  }
+  for (int64_t k = 0; k < heads; ++k) {
+    const float centred = deviation(scores, k, off);
+    squares += centred * centred;
+  }
   const float variance = squares / static_cast<float>(heads - 1);
-  return {mean, variance, std::sqrt(variance)};
+  return {mean, off, variance, std::sqrt(variance)};
 }
 
 // NaN where one of the scores is.
@@ -109,7 +119,7 @@ inline void add_dscores(const ScoreGradients& gradients, const float* all_scores
     for (int64_t k = 0; k < heads; ++k) out[k] += to_mean;
     return;
   }
-  for (int64_t k = 0; k < heads; ++k) out[k] += to_mean + to_centred * (scores[k] - moments.mean);
+  for (int64_t k = 0; k < heads; ++k) out[k] += to_mean + to_centred * deviation(scores, k, moments.off);
 }
 
 }  // namespace fastalign

@@ -26,10 +26,13 @@ def _samples_block(heads: int) -> int:
 
 
 @triton.jit
-def moments(s, real, heads):
+def moments(s, real, columns, heads):
     """(mean, deviations from it, variance with ddof 1) over the real heads of a tile."""
     mean = tl.sum(tl.where(real, s, 0.0), 1) / heads
-    centred = tl.where(real, s - mean[:, None], 0.0)
+    # By way of the first score: equal scores are 0 from it, and not from a mean that is rounded.
+    first = tl.sum(tl.where(columns == 0, s, 0.0), 1)
+    apart = tl.where(real, s - first[:, None], 0.0)
+    centred = tl.where(real, apart - (tl.sum(apart, 1) / heads)[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / tl.maximum(heads - 1, 1)
     return mean, centred, tl.where(heads == 1, 0.0, variance)
 
@@ -47,7 +50,7 @@ def middle(s, real, columns, lower, upper):
 
 @triton.jit
 def reduced_and_std(s, real, columns, heads, lower, upper, std_coef, variance_coef):
-    mean, _, variance = moments(s, real, heads)
+    mean, _, variance = moments(s, real, columns, heads)
     std = tl.sqrt_rn(variance)
     # A coefficient of 0 must not turn an infinite spread into NaN.
     spread = tl.where(std_coef != 0.0, std_coef * std, 0.0)
@@ -86,7 +89,7 @@ def _dscores(
         total += tl.load(grad_scores_ptr + at, mask=real, other=0.0).to(tl.float32)
     if HAS_REDUCED or HAS_STD:
         s = tl.load(scores_ptr + at, mask=real, other=0.0).to(tl.float32)
-        _, centred, variance = moments(s, real, heads)
+        _, centred, variance = moments(s, real, columns, heads)
         std = tl.sqrt_rn(variance)[:, None]
         ddof = tl.maximum(heads - 1, 1)
         dstd = tl.where(std == 0.0, 0.0, centred / (ddof * std))

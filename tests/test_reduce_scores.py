@@ -159,6 +159,22 @@ def test_equal_heads_share_the_gradient(backend: str) -> None:
     assert gradient_of(backend, ties, "median") == [[sixth, quarter, sixth, sixth, quarter, 0.0]]
 
 
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [*((backend, torch.float32) for backend in BACKENDS), ("reference", torch.float64)],
+    ids=str,
+)
+def test_equal_heads_have_no_spread(backend: str, dtype: torch.dtype) -> None:
+    """Also where the mean of the scores is rounded, so that it is none of them."""
+    for heads in (3, 5, 7, 64):
+        scores = torch.linspace(-3.0, 3.0, 37, dtype=dtype)[:, None].expand(37, heads)
+        with fa.backend(backend):
+            _, std = _reduce_scores(scores.to(device_of(backend)), "lcb", 1.0)
+        assert std.abs().max() == 0.0
+        got = torch.tensor(gradient_of(backend, scores.contiguous(), "lcb"))
+        torch.testing.assert_close(got, torch.full_like(got, 1.0 / heads))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_even_median_is_the_mean_of_the_middle_two(backend: str) -> None:
     scores = torch.tensor([[4.0, 1.0, 3.0, 100.0]])

@@ -66,13 +66,20 @@ def _ordered(scores: Tensor, position: int) -> Tensor:
     return at.masked_fill(scores.isnan().any(-1, keepdim=True), float("nan"))
 
 
+def _centred(s: Tensor) -> Tensor:
+    """Deviations from the mean, by way of the first score: equal scores are 0 from it, and not from
+    a mean that is rounded."""
+    apart = s - s[..., :1]
+    return apart - apart.mean(-1, keepdim=True)
+
+
 def reduce_scores_reference(scores: Tensor, reduce: str, coef: float) -> tuple[Tensor, Tensor]:
     """(statistic, std) by the formulas above in plain PyTorch, [...] from [..., K]."""
     s = scores.to(accumulation_dtype(scores.dtype))
     n_heads = s.shape[-1]
     mean = s.mean(-1)
     # A norm, because its gradient at equal scores is 0 where that of a square root is not finite.
-    norm = torch.linalg.vector_norm(s - mean[..., None], dim=-1)
+    norm = torch.linalg.vector_norm(_centred(s), dim=-1)
     std = norm / math.sqrt(n_heads - 1) if n_heads > 1 else torch.zeros_like(mean)
     lower, upper, std_coef, variance_coef = statistic(reduce, coef, n_heads)
     if lower >= 0:
@@ -90,7 +97,7 @@ def dscores_reference(
     """dL/dscores [..., K] by the closed forms above, in the accumulation dtype."""
     s = scores.to(accumulation_dtype(scores.dtype))
     n_heads = s.shape[-1]
-    centred = s - s.mean(-1, keepdim=True)
+    centred = _centred(s)
     std = reduce_scores_reference(s, "mean", 0.0)[1][..., None]
     ddof = max(1, n_heads - 1)
     dstd = torch.where(std == 0, torch.zeros_like(s), centred / (ddof * std))
