@@ -62,7 +62,6 @@ def policy(out: Path, name: str, source: str, statistic: str, seed: int, steps: 
         policy=out.parent / "sft" / "model",
         reward=source,
         statistic=statistic,
-        coef=1.0,
         gold="gold",
         steps=steps,
         prompts_per_step=16,
@@ -85,7 +84,6 @@ def best_of_n(out: Path, name: str, source: str, seed: int, n: int) -> Command:
         prompts="synthetic",
         limit=32,
         n=n,
-        coef=1.0,
         seed=seed,
     )
 
