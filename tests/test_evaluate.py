@@ -189,8 +189,10 @@ def test_the_error_of_a_change_is_paired(tmp_path):
     assert found["change_stderr"] == {"reward/gold": pytest.approx(1 / 3**0.5)}
     (row,) = comparison_rows(found)
     assert row.change == 2.0 and row.change_se == pytest.approx(0.5773503)
-    assert row.verdict == "rose"  # 2 > 1.96 * 0.577
-    assert headline(found).startswith("Gold reward rose from 4.0 to 6.0 (+2.00 ± 1.13 at 95%")
+    assert row.verdict == "within noise"  # 2 < 4.30 * 0.577, Student's t of three prompts
+    assert "it went from 4.0 to 6.0 (+2.00 ± 2.48 at 95%" in headline(found)
+    of_many = found | {"n_prompts": 30}  # 2 > 2.045 * 0.577
+    assert headline(of_many).startswith("Gold reward rose from 4.0 to 6.0 (+2.00 ± 1.18 at 95%")
     del found["change_stderr"]
     (row,) = comparison_rows(found)  # as if other prompts had been asked: 16 / 3 and 25 / 3
     assert row.change_se == pytest.approx((16 / 3 + 25 / 3) ** 0.5) and row.verdict != "rose"

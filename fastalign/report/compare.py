@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastalign.theory.interval import student_t
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -43,6 +45,8 @@ class Row:
     before_std: float | None
     paired_se: float | None
     """Of the change, from the differences prompt by prompt."""
+    reach: float
+    """Standard errors to either end of a 95 % interval: Student's t for the number of prompts."""
 
     @property
     def change(self) -> float | None:
@@ -70,7 +74,7 @@ class Row:
         """ "rose", "fell", "within noise", or "" where that cannot be said."""
         if self.change is None or self.change_se is None:
             return ""
-        if abs(self.change) <= Z95 * self.change_se:
+        if abs(self.change) <= self.reach * self.change_se:
             return "within noise"
         return "rose" if self.change > 0 else "fell"
 
@@ -156,6 +160,8 @@ def comparison_rows(evaluation: dict[str, Any]) -> list[Row]:
             "standard deviation over the reward heads",
         ),
     )
+    prompts = _number(evaluation.get("n_prompts"))
+    reach = Z95 if prompts is None or prompts < 2 else student_t(int(prompts) - 1)
     rows = []
     for key, name, unit, meaning in wanted:
         before, after = _value(evaluation, "before", key), _value(evaluation, "after", key)
@@ -173,6 +179,7 @@ def comparison_rows(evaluation: dict[str, Any]) -> list[Row]:
                 after_se=_stderr(evaluation, "after", key),
                 before_std=_value(evaluation, "before", f"{key}_std"),
                 paired_se=_paired(evaluation, key),
+                reach=reach,
             )
         )
     return rows
@@ -309,7 +316,7 @@ def checks(evaluation: dict[str, Any], samples: Sequence[dict[str, Any]]) -> lis
         found.append(Check("Overoptimisation", words, over))
     kl = rows.get("kl/k1")
     if kl is not None and kl.after is not None:
-        negative = kl.after < -Z95 * (kl.after_se or 0.0)
+        negative = kl.after < -kl.reach * (kl.after_se or 0.0)
         found.append(
             Check("Negative KL", f"k1 = {with_error(kl.after, kl.after_se)} nats", negative)
         )
@@ -348,7 +355,8 @@ def _moved(row: Row, base: str) -> str:
         verb = (
             row.verdict if row.verdict != "within noise" else "did not change beyond noise: it went"
         )
-        margin = f"{number(row.change, error, sign=True)} ± {number(Z95 * error, error)} at 95%"
+        width = number(row.reach * error, error)
+        margin = f"{number(row.change, error, sign=True)} ± {width} at 95%"
         inside = [margin, effect]
     return f"{verb} from {before} to {after} ({', '.join(part for part in inside if part)})"
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastalign.report.compare import Z95, comparison_rows, names_of
+from fastalign.report.compare import comparison_rows, names_of
 from fastalign.report.read import POLICY_METHODS, Run
 from fastalign.report.style import AMBER, BLUE, GREEN, INK, MUTED, PURPLE, RED, RULE, SKY
 
@@ -245,7 +245,7 @@ def draw_evaluation(axis: Axes, evaluation: dict[str, Any] | None, key: str) -> 
     for name, y, y_se, x, x_se in sides:
         if x is None or y is None:
             continue
-        bars = [None if error is None else Z95 * error for error in (x_se, y_se)]
+        bars = [None if error is None else reward.reach * error for error in (x_se, y_se)]
         axis.errorbar(
             x, y, xerr=bars[0], yerr=bars[1], fmt="o", ms=9, mfc="none", mec=RED, color=RED, mew=1.6
         )
