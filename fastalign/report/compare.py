@@ -3,7 +3,8 @@
 A change d = after - before has the standard error of the differences prompt by prompt, recorded as
 ``change_stderr``: both sides answer the same prompts. Where it was not recorded it is
 sqrt(se_before^2 + se_after^2), as if they were different ones, which errs on the careful side. A
-change counts as real when |d| > 1.96 of it. The effect size is d over the standard deviation of the
+change counts as real when 0 lies outside its 95 % interval (Student's t for the number of prompts:
+1.98 standard errors of 128, 2.26 of 10). The effect size is d over the standard deviation of the
 SFT model's rewards, which does not depend on the reward's unit. Where ``names`` were recorded,
 {"before": .., "after": ..}, the models go by these and not by SFT and the method.
 """
@@ -301,8 +302,8 @@ class Check:
 def checks(evaluation: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[Check]:
     """The usual ways in which alignment goes wrong, each with the number that shows it.
 
-    Thresholds: proxy up while the trusted reward is not; k1 below zero by more than 1.96 standard
-    errors (sampler and scorer disagree); length changed by more than a third; finished down by more
+    Thresholds: proxy up while the trusted reward is not; k1 below zero by its 95 % interval
+    (sampler and scorer disagree); length changed by more than a third; finished down by more
     than 0.1; entropy below half; disagreement up by more than a half; fewer than half of the
     responses distinct.
     """

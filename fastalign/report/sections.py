@@ -131,8 +131,9 @@ def _table(evaluation: dict[str, Any], method: str) -> str:
     opened = {True: '<tr class="lead">', False: "<tr>"}
     body = "".join(f"{opened[row.key == lead]}{_cells(row)}</tr>" for row in rows)
     return (
-        f'<p class="lede">{safe(caption(evaluation))}. ± is one standard error; “within noise”'
-        ' means less than 1.96 of them.</p><div class="scroll"><table class="numbers"><thead><tr>'
+        f'<p class="lede">{safe(caption(evaluation))}. ± is one standard error; “within noise” says'
+        " that 0 is in a change’s 95% interval.</p>"
+        '<div class="scroll"><table class="numbers"><thead><tr>'
         f'<th>Measure</th><th>Unit</th>{numbers}<th class="n">In SD of {base}</th><th></th>'
         f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
